@@ -1,0 +1,78 @@
+"""Files and their errors: hashes, and outputs that appear whole or not at all.
+
+An output directory is written beside its final place under a temporary name and renamed when it is complete.
+A directory is replaced only when it carries our marker file, so that a mistyped `--out` cannot delete
+anything of the user's.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data or options: where, what was found, and the remedy."""
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` through a temporary name in the same directory."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON; see `write_text`."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+@contextmanager
+def replaced_directory(out: str | Path, marker: str) -> Iterator[Path]:
+    """Yield an empty directory that becomes `out` when the block ends without an error.
+
+    Args:
+        out: final place. It may be missing, empty, or an earlier output, which is then replaced.
+        marker: name of the file that every finished output holds.
+
+    Raises:
+        DataError: `out` is a file, or a directory that holds something else than an earlier output.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out}: a file is in the way; choose another directory")
+    if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
+        raise DataError(f"--out {out}: not empty and without {marker}, so it is not replaced; choose another directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    try:
+        # mkdtemp makes directories private; the finished one gets the permissions that mkdir would give.
+        os.umask(umask := os.umask(0))
+        temporary.chmod(0o777 & ~umask)
+        yield temporary
+        if not (temporary / marker).is_file():
+            raise RuntimeError(f"the writer of {out} left no {marker}")
+        # A full directory cannot be renamed over: the old one steps aside under the temporary's name first.
+        old = temporary.with_name(temporary.name + "-old")
+        if out.exists():
+            os.rename(out, old)
+        os.rename(temporary, out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
