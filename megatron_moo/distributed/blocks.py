@@ -1,0 +1,149 @@
+"""Which elements of this rank's gradient shards belong to which block.
+
+A block is the unit whose conflict is resolved on its own. Blocks are named after parameters in the whole model, so
+that a name means the same on every rank and layout: random draws, state and logs go by it.
+
+Legend: B blocks of this rank's pipeline stage; every rank of a stage lists the same blocks in the same order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_moo.distributed.upstream import TIED_EMBEDDING, ParameterTraits
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements [start, end) of this rank's shard of one bucket.
+
+    Attributes:
+        bucket: index into the list of buckets.
+        block: index of the block.
+        counted: this rank adds them to the block's Gramian; false where another rank holds the same gradient.
+    """
+
+    bucket: int
+    start: int
+    end: int
+    block: int
+    counted: bool
+
+
+@dataclass(frozen=True)
+class PartialSpan:
+    """Elements [start, end) of a shard whose gradient is partial on each tensor-parallel rank."""
+
+    bucket: int
+    start: int
+    end: int
+    reduction: str
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Blocks of a pipeline stage and where they lie in this rank's shards."""
+
+    names: list[str]
+    segments: list[Segment]
+    partial: list[PartialSpan]
+    tied_buckets: list[int]
+
+
+@dataclass(frozen=True)
+class ModelRank:
+    """This rank's place among the ranks that share a model replica, and its data-parallel slot."""
+
+    tp: int
+    pp: int
+    slot: int
+
+
+def build_block_map(
+    buckets: Sequence[Sequence[tuple[torch.nn.Parameter, int, int]]],
+    shard_sizes: Sequence[int],
+    traits: dict[torch.nn.Parameter, ParameterTraits],
+    granularity: str,
+    scope: str,
+    rank: ModelRank,
+) -> BlockMap:
+    """Cut this rank's shards into segments.
+
+    Args:
+        buckets: per bucket, (parameter, start, end) inside the whole bucket, in memory order.
+        shard_sizes: elements of a shard of each bucket.
+        traits: of every parameter in the buckets.
+        granularity, scope: see :class:`~megatron_moo.distributed.config.MooConfig`.
+        rank: where this rank is.
+    """
+    names: dict[str, int] = {}
+    segments: list[Segment] = []
+    partial: list[PartialSpan] = []
+    for index, (params, size) in enumerate(zip(buckets, shard_sizes, strict=True)):
+        bucket_name = _bucket_name([traits[param].name for param, _, _ in params])
+        for param, start, end in params:
+            trait = traits[param]
+            name = _block_name(trait, bucket_name, granularity)
+            if scope == "local":
+                name = _local_name(name, trait, rank)
+            # Every rank registers every block of the stage, also where its own shard holds none of it.
+            block = names.setdefault(name, len(names))
+            start, end = max(start - rank.slot * size, 0), min(end - rank.slot * size, size)
+            if start >= end:
+                continue
+            segments.append(Segment(index, start, end, block, _counted(trait, granularity, scope, rank)))
+            if trait.tp_reduction:
+                partial.append(PartialSpan(index, start, end, trait.tp_reduction))
+    tied = [i for i, params in enumerate(buckets) if any(traits[param].tied for param, _, _ in params)]
+    return BlockMap(list(names), _merge(segments), partial, tied)
+
+
+def _block_name(trait: ParameterTraits, bucket_name: str, granularity: str) -> str:
+    if granularity == "tensor":
+        return trait.name
+    if granularity == "layer":
+        # The embeddings keep to themselves: a tied one is a block on two stages, and must not differ between them.
+        match = re.match(r"(.*layers\.\d+)\.", trait.name)
+        return match.group(1) if match else ".".join(trait.name.split(".")[:2])
+    return bucket_name if granularity == "bucket" else "model"
+
+
+def _bucket_name(parameters: Sequence[str]) -> str:
+    return parameters[0] if len(parameters) == 1 else f"{parameters[0]} .. {parameters[-1]}"
+
+
+def _local_name(name: str, trait: ParameterTraits, rank: ModelRank) -> str:
+    """Without reductions over model-parallel ranks, replicas must still agree: they get blocks of their own."""
+    if trait.tied and name == "model":
+        name = TIED_EMBEDDING
+    elif name == "model":
+        name = f"model@pp{rank.pp}"
+    return f"{name}@tp{rank.tp}" if trait.tensor_parallel else f"{name}@replicated"
+
+
+def _counted(trait: ParameterTraits, granularity: str, scope: str, rank: ModelRank) -> bool:
+    if scope == "local":
+        return True
+    if not trait.tensor_parallel and rank.tp != 0:
+        return False
+    return not (granularity == "model" and trait.copy)
+
+
+def _merge(segments: list[Segment]) -> list[Segment]:
+    """Join neighbours of one block. The padding between them is zero in every row, so it may ride along."""
+    merged: list[Segment] = []
+    for segment in segments:
+        last = merged[-1] if merged else None
+        if last and (last.bucket, last.block, last.counted) == (
+            segment.bucket,
+            segment.block,
+            segment.counted,
+        ):
+            merged[-1] = Segment(last.bucket, last.start, segment.end, last.block, last.counted)
+        else:
+            merged.append(segment)
+    return merged

@@ -1,0 +1,84 @@
+"""What a user decides about the combination of gradients: one dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Granularity = Literal["bucket", "layer", "tensor", "model"]
+Scope = Literal["global", "local"]
+PreferenceKind = Literal["tokens", "slots", "uniform", "given"]
+
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+SCOPES: tuple[str, ...] = get_args(Scope)
+PREFERENCES: tuple[str, ...] = get_args(PreferenceKind)
+
+
+@dataclass(frozen=True)
+class MooConfig:
+    """How the per-objective gradients of a step become one.
+
+    Args:
+        objectives: names of the K objectives, in the order of their ids.
+        method: a name of ``megatron_moo.aggregation.AGGREGATORS``.
+        method_options: keyword arguments of that method.
+        granularity: the block within which a conflict is resolved. ``bucket`` is Megatron's communication
+            bucket; ``layer``, ``tensor`` and ``model`` do not depend on the parallel layout.
+        scope: ``global`` reduces inner products over tensor-parallel ranks (and over pipeline stages for
+            ``model``), so that a block means whole tensors whatever the layout; ``local`` lets every
+            model-parallel rank decide for its own shards, for comparison.
+        preference: the mean that a method falls back to without conflict. ``tokens`` weighs an objective by its
+            tokens in the step (stock Megatron with ``--calculate-per-token-loss``), ``slots`` by its number of
+            gradient rows (stock Megatron without), ``uniform`` equally, ``given`` by ``preference_weights``.
+        preference_weights: one non-negative number per objective, for ``preference="given"``.
+        waves: forward/backward passes per step; each slot works on one objective per wave. Default: as few as
+            give every objective a slot, ``ceil(K / slots)``.
+        seed: seeds the random choices of methods (with the step and the block).
+
+    Raises:
+        ValueError: naming the field, the rule and the value found.
+    """
+
+    objectives: Sequence[str]
+    method: str = "mean"
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    granularity: Granularity = "bucket"
+    scope: Scope = "global"
+    preference: PreferenceKind = "slots"
+    preference_weights: Sequence[float] | None = None
+    waves: int | None = None
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if not self.objectives or len(set(self.objectives)) != len(self.objectives):
+            raise ValueError(f"objectives must be distinct and not empty, found {list(self.objectives)}")
+        for name, value, known in (
+            ("granularity", self.granularity, GRANULARITIES),
+            ("scope", self.scope, SCOPES),
+            ("preference", self.preference, PREFERENCES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; found {value!r}")
+        if self.waves is not None and self.waves < 1:
+            raise ValueError(f"waves must be at least 1, found {self.waves}")
+        self._check_preference_weights()
+
+    def _check_preference_weights(self) -> None:
+        if (self.preference == "given") != (self.preference_weights is not None):
+            raise ValueError("preference_weights belong to preference='given', and that needs them")
+        if self.preference_weights is None:
+            return
+        weights = list(self.preference_weights)
+        if len(weights) != len(self.objectives):
+            raise ValueError(
+                f"preference_weights needs one number per objective ({len(self.objectives)}: "
+                f"{', '.join(self.objectives)}), found {len(weights)}"
+            )
+        if any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) <= 0:
+            raise ValueError(f"preference_weights must be finite, >= 0 and not all zero, found {weights}")
+
+    def waves_for(self, slots: int) -> int:
+        """Waves of a step on ``slots`` data-parallel slots."""
+        return self.waves if self.waves is not None else math.ceil(len(self.objectives) / slots)

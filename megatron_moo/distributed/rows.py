@@ -1,0 +1,157 @@
+"""Which rows belong to which objective, and the arithmetic on rows: fix-ups, Gramian, combination.
+
+A step leaves R = W * D rows, one per wave and slot. Rows of one objective are summed and divided by the objective's
+own count (tokens, or rows where Megatron already averaged). For the noise control every objective's rows are summed
+in two halves: the inner product of two halves of one language shows how much of a cosine is sampling noise.
+Everything that crosses ranks is a [B, H, H] array of products of the H half rows, H <= min(R, 2K).
+
+Legend: B blocks, K objectives, W waves, D slots, R = W * D rows, H half rows, N elements of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_moo.distributed.blocks import BlockMap, PartialSpan
+
+# Columns multiplied in one fp32 product before the result is added up in fp64: keeps rounding at that of a
+# short sum whatever the size of a shard, and temporary memory at R times this many elements.
+CHUNK = 32768
+
+Rows = Sequence[torch.Tensor]  # W tensors [D, N] of one bucket
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The rows of one step.
+
+    Attributes:
+        objective_R: objective id of each row, wave-major.
+        half_R: half row of each row.
+        objective_H: objective id of each half row, ascending.
+        rows_K: number of rows of each objective.
+    """
+
+    objective_R: torch.Tensor
+    half_R: torch.Tensor
+    objective_H: torch.Tensor
+    rows_K: torch.Tensor
+
+    @classmethod
+    def from_assignment(cls, assignment: Sequence[Sequence[int]], num_objectives: int, device=None) -> RowPlan:
+        """Plan for ``assignment[wave][slot]`` -> objective id in [0, K)."""
+        objective = [int(k) for wave in assignment for k in wave]
+        seen = [0] * num_objectives
+        pairs = []
+        for k in objective:
+            pairs.append((k, seen[k] % 2))
+            seen[k] += 1
+        order = sorted(set(pairs))
+        return cls(
+            torch.tensor(objective, device=device),
+            torch.tensor([order.index(pair) for pair in pairs], device=device),
+            torch.tensor([k for k, _ in order], device=device),
+            torch.tensor(seen, device=device),
+        )
+
+    @property
+    def num_halves(self) -> int:
+        return self.objective_H.numel()
+
+    @property
+    def folds(self) -> bool:
+        """Whether any half row is a sum of several rows."""
+        return self.num_halves < self.half_R.numel()
+
+
+def reduce_partial_rows(rows: Sequence[Rows], spans: Sequence[PartialSpan], group: dist.ProcessGroup) -> None:
+    """Sum (or average) over tensor-parallel ranks, in place, every row of gradients that are partial there.
+
+    Before any inner product: combining first and reducing later is wrong for every non-linear method.
+    """
+    if group.size() == 1:
+        return
+    for reduction in ("sum", "mean"):
+        views = [
+            wave[:, span.start : span.end]
+            for span in spans
+            if span.reduction == reduction
+            for wave in rows[span.bucket]
+        ]
+        if not views:
+            continue
+        flat = torch.cat([view.reshape(-1) for view in views])
+        dist.all_reduce(flat, group=group)
+        if reduction == "mean":
+            flat /= group.size()
+        for view, reduced in zip(views, flat.split([view.numel() for view in views]), strict=True):
+            view.copy_(reduced.view_as(view))
+
+
+def reduce_tied_rows(rows: Sequence[Rows], tied_buckets: Sequence[int], group: dist.ProcessGroup | None) -> None:
+    """Add up, in place, the rows of a tied embedding over the first and the last pipeline stage.
+
+    Shards line up: Megatron gives the tied embedding a bucket of its own on both stages.
+    """
+    if group is None:
+        return
+    for bucket in tied_buckets:
+        for wave in rows[bucket]:
+            dist.all_reduce(wave, group=group)
+
+
+def local_gramian(rows: Sequence[Rows], blocks: BlockMap, plan: RowPlan) -> torch.Tensor:
+    """Inner products of half rows over this rank's counted elements: [B, H, H] float64, before any reduction."""
+    device = plan.half_R.device
+    gram_BHH = torch.zeros(len(blocks.names), plan.num_halves, plan.num_halves, dtype=torch.float64, device=device)
+    for segment in blocks.segments:
+        if not segment.counted:
+            continue
+        for start in range(segment.start, segment.end, CHUNK):
+            end = min(start + CHUNK, segment.end)
+            half = _half_rows([wave[:, start:end] for wave in rows[segment.bucket]], plan)
+            gram_BHH[segment.block] += half @ half.T
+    if not plan.folds:
+        gram_BHH = gram_BHH[:, _inverse(plan.half_R)][:, :, _inverse(plan.half_R)]
+    return gram_BHH
+
+
+def _half_rows(waves: Rows, plan: RowPlan) -> torch.Tensor:
+    """[H, n] float32; in row order, not half order, where every half row is one row (saves a copy)."""
+    rows = (waves[0] if len(waves) == 1 else torch.cat(list(waves))).float()
+    if not plan.folds:
+        return rows
+    return rows.new_zeros(plan.num_halves, rows.shape[1]).index_add_(0, plan.half_R, rows)
+
+
+def _inverse(permutation: torch.Tensor) -> torch.Tensor:
+    return torch.argsort(permutation)
+
+
+def combine(
+    rows: Sequence[Rows], blocks: BlockMap, coefficients_BR: torch.Tensor, shards: Sequence[torch.Tensor]
+) -> None:
+    """Write sum_r c[b, r] row_r into the optimizer's shard of every bucket.
+
+    The shards lie in the memory of the last wave's rows; a bucket's result is complete before it is copied there.
+
+    Args:
+        rows: per bucket, W tensors [D, N].
+        blocks: the segments to fill; elements of no segment (padding) become zero.
+        coefficients_BR: one coefficient per block and row.
+        shards: per bucket, the destination [N].
+    """
+    slots = rows[0][0].shape[0]
+    by_bucket: list[list] = [[] for _ in rows]
+    for segment in blocks.segments:
+        by_bucket[segment.bucket].append(segment)
+    for waves, segments, shard in zip(rows, by_bucket, shards, strict=True):
+        combined = torch.zeros(shard.numel(), dtype=torch.float32, device=shard.device)
+        for segment in segments:
+            for wave, coefficients_D in zip(waves, coefficients_BR[segment.block].float().split(slots), strict=True):
+                combined[segment.start : segment.end] += coefficients_D @ wave[:, segment.start : segment.end].float()
+        shard.copy_(combined)

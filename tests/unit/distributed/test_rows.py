@@ -1,0 +1,113 @@
+"""Folding, Gramians and combination of rows, on one process."""
+
+import pytest
+import torch
+
+from megatron_moo.distributed import rows as ops
+from megatron_moo.distributed.blocks import BlockMap, Segment
+from megatron_moo.distributed.record import StepRecord
+
+ASSIGNMENT = [[2, 0, 1], [0, 0, 2]]  # two waves of three slots; objective 3 is absent
+BLOCKS = BlockMap(
+    ["a", "b"],
+    [
+        Segment(0, 0, 40, 0, True),
+        Segment(0, 40, 50, 1, True),
+        Segment(1, 0, 30, 1, True),
+        Segment(1, 30, 32, 0, False),
+    ],
+    [],
+    [],
+)
+
+
+def _rows(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [[torch.randn(3, n, generator=generator).to(dtype) for _ in range(2)] for n in (52, 32)]
+
+
+def _all(rows, bucket):
+    return torch.cat(rows[bucket]).double()
+
+
+def test_halves_alternate_and_cover():
+    """Would catch a control computed from a row and itself."""
+    plan = ops.RowPlan.from_assignment(ASSIGNMENT, 4)
+    assert plan.rows_K.tolist() == [3, 1, 2, 0]
+    assert plan.objective_H.tolist() == [0, 0, 1, 2, 2]
+    assert plan.half_R.tolist() == [3, 0, 2, 1, 0, 4]
+    assert plan.folds
+
+
+@pytest.mark.parametrize("assignment", [ASSIGNMENT, [[2, 0, 1], [0, 1, 2]]], ids=["folded", "one row per half"])
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_gramian_is_that_of_summed_rows(monkeypatch, assignment, chunk):
+    """Would catch wrong folding, a wrong order of halves, and uncounted replicas counted."""
+    monkeypatch.setattr(ops, "CHUNK", chunk)
+    plan = ops.RowPlan.from_assignment(assignment, 4)
+    rows = _rows()
+    gram = ops.local_gramian(rows, BLOCKS, plan)
+    fold = torch.nn.functional.one_hot(plan.half_R, plan.num_halves).T.double()
+    first, second = (fold @ _all(rows, bucket) for bucket in (0, 1))
+    expected = torch.stack(
+        [
+            first[:, :40] @ first[:, :40].T,
+            first[:, 40:50] @ first[:, 40:50].T + second[:, :30] @ second[:, :30].T,
+        ]
+    )
+    torch.testing.assert_close(gram, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_combination_fills_segments_and_clears_the_rest():
+    """Would catch coefficients of the wrong row or block, and stale rows left in the padding."""
+    rows = _rows()
+    coefficients = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    shards = [torch.full((52,), 9.0), torch.full((32,), 9.0)]
+    ops.combine(rows, BLOCKS, coefficients, shards)
+    expected = torch.cat([coefficients[0] @ _all(rows, 0)[:, :40], coefficients[1] @ _all(rows, 0)[:, 40:50]])
+    torch.testing.assert_close(shards[0][:50].double(), expected, rtol=1e-5, atol=1e-5)
+    assert shards[0][50:].tolist() == [0, 0]
+    torch.testing.assert_close(shards[1][30:].double(), coefficients[0] @ _all(rows, 1)[:, 30:], rtol=1e-5, atol=1e-5)
+
+
+def test_combination_may_overwrite_its_own_rows():
+    """Would catch a shard written before the rows in the same memory were read."""
+    rows = _rows()
+    copies = [[wave.clone() for wave in waves] for waves in rows]
+    shards = [waves[-1][1] for waves in rows]  # the second slot's part of the bucket's memory
+    coefficients = torch.ones(2, 6, dtype=torch.float64)
+    ops.combine(rows, BLOCKS, coefficients, shards)
+    torch.testing.assert_close(shards[0][:50].double(), _all(copies, 0).sum(0)[:50], rtol=1e-5, atol=1e-5)
+
+
+def _record(gram_HH, objective_H, gram_KK, weights, active):
+    k = len(active)
+    return StepRecord(
+        0,
+        ["a"],
+        torch.tensor([gram_HH]).double(),
+        torch.tensor(objective_H),
+        torch.tensor([gram_KK]).double(),
+        torch.tensor([weights]).double(),
+        torch.tensor([active]),
+        torch.full((k,), 1 / k, dtype=torch.float64),
+        torch.ones(k, dtype=torch.float64),
+    )
+
+
+def test_record_reads_conflicts_and_their_control():
+    """Would catch the control mixed up with the conflicts, or inactive objectives counted."""
+    record = _record(
+        [[4.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]],
+        [0, 0, 1],
+        [[7.0, -2.0, 0.0], [-2.0, 1.0, 0.0], [0.0, 0.0, 0.0]],
+        [0.5, 0.5, 0.0],
+        [True, True, False],
+    )
+    assert record.conflict_share_B().tolist() == [1.0]
+    assert record.control_share_B().tolist() == [0.0]
+    assert record.control_cosine_B().tolist() == [0.5]
+    assert record.cosine_BKK()[0, 0, 1] == pytest.approx(-2 / 7**0.5)
+    assert record.cosine_BKK()[0, 0, 2].isnan()
+    # |d|^2 = (7 - 4 + 1) / 4 = 1, |mean|^2 = 4 / 9
+    assert record.norm_ratio_B().tolist() == pytest.approx([1.5])
