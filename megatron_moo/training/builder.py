@@ -1,0 +1,64 @@
+"""Megatron's GPT builder with one bucket policy on every pipeline stage and model chunk.
+
+Stock Megatron cuts gradients into buckets on the first stage only, and only with overlapped reduction. With a
+conflict resolved per bucket, the result would then depend on the layout and on a communication flag.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from megatron.core.utils import get_model_config
+from megatron.training.models.base import compose_hooks
+from megatron.training.models.dist_utils import unimodal_build_distributed_models
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.training import wrap_model_chunks_with_ddp
+
+
+class MooGPTModelConfig(GPTModelConfig):
+    """Stock configuration, built by :class:`MooGPTModelBuilder`.
+
+    What runs on the wrapped model is in ``post_wrap_hooks``.
+    """
+
+    builder: ClassVar[str] = "megatron_moo.training.builder.MooGPTModelBuilder"
+
+
+class MooGPTModelBuilder(GPTModelBuilder):
+    """Stock builder up to the wrapping, which uses the same bucket size everywhere."""
+
+    def build_distributed_models(
+        self, pg_collection: Any, ddp_config: Any = None, wrap_with_ddp: bool = True, **kwargs: Any
+    ) -> list:
+        """See ``GPTModelBuilder.build_distributed_models``; the arguments are the same."""
+        if not wrap_with_ddp or kwargs.get("use_megatron_fsdp") or kwargs.get("use_torch_fsdp2"):
+            return super().build_distributed_models(pg_collection, ddp_config, wrap_with_ddp=wrap_with_ddp, **kwargs)
+        chunks = unimodal_build_distributed_models(
+            self.build_model,
+            self._model_config.transformer,
+            pg_collection,
+            ddp_config,
+            wrap_with_ddp=False,
+            pre_wrap_hook=compose_hooks(self._model_config.pre_wrap_hooks),
+        )
+        size = _bucket_size(ddp_config, chunks, pg_collection)
+        chunks = wrap_model_chunks_with_ddp(
+            chunks,
+            get_model_config(chunks[0]),
+            ddp_config,
+            pg_collection=pg_collection,
+            bucket_sizes=[size] * len(chunks),
+        )
+        if kwargs.get("data_parallel_random_init"):
+            for chunk in chunks:
+                chunk.broadcast_params()
+        return compose_hooks(self._model_config.post_wrap_hooks)(chunks)
+
+
+def _bucket_size(ddp_config: Any, chunks: list, pg_collection: Any) -> int:
+    """Elements of a bucket: Megatron's rule for its first stage, with or without overlap."""
+    if ddp_config.num_buckets is not None:
+        return sum(p.numel() for chunk in chunks for p in chunk.parameters()) // ddp_config.num_buckets
+    if ddp_config.bucket_size is not None:
+        return ddp_config.bucket_size
+    return max(40_000_000, 1_000_000 * pg_collection.dp_cp.size())

@@ -1,0 +1,90 @@
+"""Exact match of greedily decoded answers, per split, language and task, after (or without) training.
+
+A row counts as correct when the decoded text equals its completion; nothing is normalised but surrounding blanks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moo.data.files import DataError, write_json
+from megatron_moo.data.rows import EvalRow, read_eval_rows
+from megatron_moo.data.tokenizers import Tokenizer
+from megatron_moo.training.decode import greedy_decode
+
+Counts = dict[str, dict[str, dict[str, dict[str, int]]]]  # split -> language -> task -> correct, total
+
+
+def read_splits(folders: Sequence[Path], limit: int | None = None) -> dict[str, list[EvalRow]]:
+    """Rows of each directory of LANG.jsonl files, by directory name.
+
+    Args:
+        folders: one per split.
+        limit: rows per language at most, spread evenly over the file so that every task stays in.
+
+    Raises:
+        ValueError: two directories of one name, one without rows, or a malformed row (file and line named).
+    """
+    splits: dict[str, list[EvalRow]] = {}
+    for folder in map(Path, folders):
+        files = sorted(folder.glob("*.jsonl"))
+        if not files:
+            raise DataError(f"--moo-eval-rows: no LANG.jsonl in {folder}")
+        if folder.name in splits:
+            raise DataError(f"--moo-eval-rows: two directories are named {folder.name}; the name is the split's")
+        splits[folder.name] = [row for file in files for row in spread(read_eval_rows(file, file.stem), limit)]
+    return splits
+
+
+def spread(rows: list[EvalRow], limit: int | None) -> list[EvalRow]:
+    """At most ``limit`` rows at even distances."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def check_lengths(splits: dict[str, list[EvalRow]], tokenizer: Tokenizer, seq_length: int) -> None:
+    """Refuse prompts that leave no room for an answer, before a run trains for nothing.
+
+    Raises:
+        ValueError: naming split, language, length and option.
+    """
+    for split, rows in splits.items():
+        for row in rows:
+            if (length := len(tokenizer.encode(row.prompt))) >= seq_length:
+                raise DataError(
+                    f"--moo-eval-rows: a prompt of {length} tokens ({split}, {row.lang}: {row.prompt!r}) leaves "
+                    f"no room "
+                    f"for an answer in --max-position-embeddings {seq_length}; raise that, or leave the row out"
+                )
+
+
+def evaluate(
+    model: list[torch.nn.Module], tokenizer: Tokenizer, splits: dict[str, list[EvalRow]], **decode_options: Any
+) -> Counts:
+    """Decode every row of every split and count exact matches; the same counts on every rank.
+
+    Args:
+        model: this rank's chunks.
+        tokenizer: the one the model was trained with.
+        splits: rows by split.
+        decode_options: of :func:`~megatron_moo.training.decode.greedy_decode`.
+    """
+    rows = [(split, row) for split, of_split in splits.items() for row in of_split]
+    prompts = [tokenizer.encode(row.prompt) for _, row in rows]
+    answers = greedy_decode(model, prompts, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size, **decode_options)
+    counts: Counts = {}
+    for (split, row), answer in zip(rows, answers, strict=True):
+        cell = counts.setdefault(split, {}).setdefault(row.lang, {}).setdefault(row.task, {"correct": 0, "total": 0})
+        cell["correct"] += tokenizer.decode(answer).strip() == row.completion.strip()
+        cell["total"] += 1
+    return counts
+
+
+def write_evaluation(path: Path, counts: Counts, **fields: Any) -> None:
+    """Write eval.json (docs/metrics.md), whole or not at all."""
+    write_json(path, {"splits": counts, **fields})

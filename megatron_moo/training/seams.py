@@ -1,0 +1,149 @@
+"""The places where the entry hooks into Megatron's training program; each is a module-level name that Megatron looks
+up when it runs.
+
+Of ``megatron.training.training``:
+
+- ``get_forward_backward_func``: a step runs the schedule once per wave;
+- ``get_optimizer_param_scheduler``: the scheduler is the part of a checkpoint that is common to all ranks and follows
+  Megatron's own rules for resuming (``--finetune`` and ``--no-load-optim`` leave it out), so the aggregator's state
+  travels in it;
+- ``training_log``: called once per step on every rank with what a step reports.
+
+Of ``megatron.training.arguments``:
+
+- ``set_global_variables``: what comes between validated arguments and the first file that is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import megatron.training.arguments as arguments
+import megatron.training.training as loop
+
+from megatron_moo.distributed import BucketLevelMoo
+
+SCHEDULER_KEY = "megatron_moo"
+
+
+def parse_arguments(
+    add_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+    defaults: dict[str, Any],
+    check: Callable[[argparse.Namespace], None],
+) -> argparse.Namespace:
+    """Megatron's ``parse_and_validate_args``, with ``check(args)`` before it sets its global state.
+
+    That opens the TensorBoard writer, which creates directories: what is wrong must be found before.
+
+    Raises:
+        ValueError: what Megatron (by an assertion) or ``check`` refuses.
+    """
+    stock = arguments.set_global_variables
+
+    def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.error = _refuse  # argparse's own prints a usage of several hundred lines, on every rank
+        return add_arguments(parser)
+
+    def set_global_variables(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> None:
+        check(args)
+        stock(args, *rest, **kwargs)
+
+    arguments.set_global_variables = set_global_variables
+    try:
+        return arguments.parse_and_validate_args(add, args_defaults=defaults)
+    except AssertionError as error:
+        # Some of Megatron's assertions have no text: their source names the options.
+        rule = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these arguments: {rule}") from error
+    finally:
+        arguments.set_global_variables = stock
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message} (--help lists the options)")
+
+
+@contextlib.contextmanager
+def hooked_training_loop(
+    moo: Callable[[], BucketLevelMoo | None],
+    begin_step: Callable[[], int],
+    after_step: Callable[..., None],
+) -> Iterator[None]:
+    """Run Megatron's loop with our hooks inside this context.
+
+    Args:
+        moo: the installed combination, or None when stock Megatron reduces the gradients; asked for when needed,
+        because
+            the model is built inside the loop.
+        begin_step: index of the step that starts.
+        after_step: called with the keyword arguments ``loss_dict, learning_rate, iteration, skipped, grad_norm``.
+    """
+    names = ("get_forward_backward_func", "get_optimizer_param_scheduler", "training_log")
+    missing = [name for name in names if not hasattr(loop, name)]
+    if missing:
+        raise RuntimeError(
+            f"megatron.training.training no longer has {', '.join(missing)}: this megatron-core release moved a "
+            f"seam; install "
+            "a release that setup.py allows"
+        )
+    stock = {name: getattr(loop, name) for name in names}
+
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        schedule = stock["get_forward_backward_func"](*args, **kwargs)
+        if moo() is None:
+            return schedule
+        waves = moo().waves(schedule)
+
+        def run(*, forward_only: bool = False, **kwargs: Any) -> Any:
+            if not forward_only:
+                moo().step = begin_step()
+            return waves(forward_only=forward_only, **kwargs)
+
+        return run
+
+    def get_optimizer_param_scheduler(optimizer: Any) -> Any:
+        scheduler = stock["get_optimizer_param_scheduler"](optimizer)
+        if moo() is not None:
+            _carry_state(scheduler, moo())
+        return scheduler
+
+    def training_log(
+        loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        # loss_scale, report_memory_flag, skipped_iter, grad_norm, ... are positional in Megatron's own call.
+        result = stock["training_log"](loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+        after_step(
+            loss_dict=loss_dict,
+            learning_rate=learning_rate,
+            iteration=iteration,
+            skipped=args[2],
+            grad_norm=args[3],
+        )
+        return result
+
+    hooks = (get_forward_backward_func, get_optimizer_param_scheduler, training_log)
+    for name, hook in zip(names, hooks, strict=True):
+        setattr(loop, name, hook)
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(loop, name, stock[name])
+
+
+def _carry_state(scheduler: Any, moo: BucketLevelMoo) -> None:
+    own_state, own_load = scheduler.state_dict, scheduler.load_state_dict
+
+    def state_dict() -> dict[str, Any]:
+        return {**own_state(), SCHEDULER_KEY: moo.state_dict()}
+
+    def load_state_dict(state: dict[str, Any]) -> None:
+        own_load({key: value for key, value in state.items() if key != SCHEDULER_KEY})
+        if SCHEDULER_KEY in state:
+            moo.load_state_dict(state[SCHEDULER_KEY])
+
+    scheduler.state_dict, scheduler.load_state_dict = state_dict, load_state_dict
