@@ -27,11 +27,12 @@ def main() -> None:
 
 def missing_flags(flags: tuple[str, ...], argv: list[str]) -> list[str]:
     """Those of ``flags`` (options followed by their values) that a command line does not decide itself."""
+    given = {item.partition("=")[0] for item in argv}
     missing: list[str] = []
     wanted = False
     for item in flags:
         if item.startswith("--"):
-            wanted = item not in argv
+            wanted = item not in given
         if wanted:
             missing.append(item)
     return missing

@@ -186,7 +186,7 @@ def unsupported(chunks: list[torch.nn.Module]) -> list[str]:
         ),
         (
             ddp.reduce_scatter_with_fp32_accumulation,
-            "--reduce-scatter-with-fp32-accumulation: the exchange replaces the reduce-scatter (and accumulates "
+            "--ddp-reduce-scatter-with-fp32-accumulation: the exchange replaces the reduce-scatter (and accumulates "
             "in fp32); drop it",
         ),
         (

@@ -12,6 +12,12 @@ With parameters in fp32 and the distributed optimizer:
 
 - Loading writes into parameters that require gradients, which autograd refuses.  Repaired: gradients are off.
 
+With a tied embedding, pipeline parallelism and a model width that is no multiple of 64:
+
+- The bucket before the embedding's is recorded as ending where the embedding would start, aligned to 64 elements, and
+  a save by shards then fails, as what it writes goes past the end of the bucket.  Repaired: it ends with its last
+  parameter, as every other bucket.
+
 With torch_dist checkpoints that are saved synchronously:
 
 - Every rank starts a server process, by spawning, to hand the result of the write from itself to itself.  That imports
@@ -48,6 +54,7 @@ def install() -> None:
     optimizer_class._set_main_param_and_optimizer_states = torch.no_grad()(
         optimizer_class._set_main_param_and_optimizer_states
     )
+    _repair_bucket_ends(optimizer_class)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _repair_adam_state(optimizer_class)
     _repair_synchronous_save(TorchDistSaveShardedStrategy)
@@ -79,6 +86,20 @@ def _repair_adam_state(optimizer_class: Any) -> None:
     optimizer_class.state_dict = state_dict
     optimizer_class.load_state_dict = load_state_dict
     optimizer_class._set_main_param_and_optimizer_states = set_states
+
+
+def _repair_bucket_ends(optimizer_class: Any) -> None:
+    original_layout = optimizer_class._compute_per_buffer_param_layout
+
+    @functools.wraps(original_layout)
+    def layout(*args: Any, **kwargs: Any) -> Any:
+        result = original_layout(*args, **kwargs)
+        for bucket, (start, _) in enumerate(result.bucket_indices):
+            last = max(end for _, end, owner in result.param_index_map.values() if owner == bucket)
+            result.per_bucket_numel_unpadded[bucket] = last - start
+        return result
+
+    optimizer_class._compute_per_buffer_param_layout = staticmethod(layout)
 
 
 def _repair_synchronous_save(strategy_class: Any) -> None:

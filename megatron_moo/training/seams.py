@@ -46,7 +46,9 @@ def parse_arguments(
 
     def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.error = _refuse  # argparse's own prints a usage of several hundred lines, on every rank
-        return add_arguments(parser)
+        parser = add_arguments(parser)
+        _mend_help(parser)
+        return parser
 
     def set_global_variables(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> None:
         check(args)
@@ -61,6 +63,16 @@ def parse_arguments(
         raise ValueError(f"Megatron refuses these arguments: {rule}") from error
     finally:
         arguments.set_global_variables = stock
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Double the bare percent signs in Megatron's help texts, at the first of which ``--help`` would stop."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,0 +1,116 @@
+"""`megatron_moo.finetune` from its command line: equal to stock where nothing is combined, resumable bit for bit, and
+what a run leaves behind."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from megatron_moo.analysis import plot_run, read_metrics, read_run
+from tests.helpers.entry import LANGUAGES, differing, entry_argv, entry_main, prepare_data, run_entry, weights
+
+STEPS, STOP = 5, 3
+DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three languages, tokenised as bytes."""
+    return prepare_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["tokens", "slots"])
+def test_mean_trains_like_off(data, per_token):
+    """Would catch: waves, token counts or reports that the entry hands to Megatron otherwise than stock does."""
+    flags = ["--calculate-per-token-loss"] * per_token + ["--overlap-grad-reduce"]
+    off, mean = (run_entry(entry_argv(data, "--moo-method", method, *flags, tp=2), 4) for method in ("off", "mean"))
+    for stock, ours in zip(off, mean, strict=True):
+        assert len(stock.losses) == len(stock.grad_norms) == 4
+        assert ours.losses == pytest.approx(stock.losses, rel=1e-6)
+        assert ours.grad_norms == pytest.approx(stock.grad_norms, rel=1e-6)
+
+
+def _signalled(number: signal.Signals, ranks: tuple[int, ...]) -> Callable[[], None]:
+    """The entry, which `number` reaches on `ranks` while step STOP runs."""
+
+    def main() -> None:
+        from megatron.training import training
+
+        stock, steps = training.train_step, []
+
+        def train_step(*args, **kwargs):
+            steps.append(None)
+            if len(steps) == STOP and int(os.environ["RANK"]) in ranks:
+                os.kill(os.getpid(), number)
+            return stock(*args, **kwargs)
+
+        training.train_step = train_step
+        entry_main()
+
+    return main
+
+
+INTERVAL = ("--exit-interval", str(STOP))
+SIGNALS = ("--exit-signal-handler",)
+RESUMED = {
+    "gradvac-tp2-interval": ("gradvac", 2, 1, INTERVAL, entry_main),
+    "pcgrad-tp2-sigterm": ("pcgrad", 2, 1, SIGNALS, _signalled(signal.SIGTERM, (1,))),
+    "gradvac-pp2-sigint": ("gradvac", 1, 2, SIGNALS, _signalled(signal.SIGINT, (0, 1, 2, 3))),
+    "pcgrad-pp2-interval": ("pcgrad", 1, 2, INTERVAL, entry_main),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_stopped_and_resumed_run_ends_bit_for_bit_alike(data, tmp_path, case):
+    """Would catch: aggregator state, random orders, dropout masks, data order or optimizer state lost at a stop."""
+    method, tp, pp, flags, stopped_main = RESUMED[case]
+    common = ("--moo-method", method, "--moo-granularity", "tensor", *DROPOUT, "--calculate-per-token-loss")
+
+    def argv(name: str, *extra: str) -> list[str]:
+        return entry_argv(data, *common, "--moo-run-dir", str(tmp_path / name), *extra, tp=tp, pp=pp, steps=STEPS)
+
+    whole = run_entry(argv("whole"), 4, inspect=weights)
+    stopped = run_entry(argv("stopped", *flags), 4, main=stopped_main)
+    assert [trace.exit_code for trace in stopped] == [0] * 4
+    assert [len(trace.grad_norms) for trace in stopped] == [STOP] * 4
+    resumed = run_entry(argv("stopped", *flags), 4, inspect=weights)
+    for rank, (one, first, second) in enumerate(zip(whole, stopped, resumed, strict=True)):
+        assert first.grad_norms + second.grad_norms == one.grad_norms, rank
+        assert differing(one.inspected, second.inspected) == [], rank
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped")]
+    for of in ("steps", "blocks"):
+        one, two = ([record | {"time": 0} for record in getattr(metrics, of)] for metrics in lines)
+        assert [record["step"] for record in two] == list(range(1, STEPS + 1))
+        assert one == two
+
+
+def test_a_run_directory_holds_what_a_person_needs(data, tmp_path):
+    """Would catch: a file of the run directory missing, malformed or empty."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir, rows = tmp_path / "run", data.parent / "rows" / "test"
+    flags = ("--moo-method", "cagrad", "--moo-granularity", "tensor", "--calculate-per-token-loss")
+    flags += ("--moo-run-dir", str(run_dir), "--moo-log-interval", "2", "--moo-waves", "3", "--global-batch-size", "12")
+    flags += ("--eval-interval", "2", "--eval-iters", "1")
+    flags += ("--moo-eval-rows", str(rows), "--moo-eval-new-tokens", "3")
+    run_entry(entry_argv(data, *flags), 2)
+
+    assert json.loads((run_dir / "config.json").read_text())["moo"]["method"] == "cagrad"
+    assert (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "4"
+    run = read_run(run_dir)  # checks every line
+    assert run.method == "cagrad"
+    assert [record["step"] for record in run.metrics.steps] == [1, 2, 3, 4]
+    assert [record["step"] for record in run.metrics.blocks] == [2, 4]
+    assert run.metrics.objectives == list(LANGUAGES)
+    # Six rows, three languages: everybody has two, so there is a same-language control in each block.
+    assert all(block["control_share"] is not None for record in run.metrics.blocks for block in record["blocks"])
+    assert {len(tasks["count"]) for tasks in run.evaluation["splits"]["test"].values()} == {2}
+
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    for lang in LANGUAGES:
+        assert [event.step for event in events.Scalars(f"loss/{lang}")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("moo/conflict_share")] == [2, 4]
+    assert {event.step for event in events.Scalars("lm loss validation")} == {2, 4}
+    assert {path.name for path in plot_run(run_dir)} == {"loss_per_language.png", "conflict_heatmap.png", "weights.png"}

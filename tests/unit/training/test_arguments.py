@@ -1,0 +1,95 @@
+"""Options into configuration, and which of the platform's flags are added to a command line."""
+
+import argparse
+
+import pytest
+
+from megatron_moo.aggregation import AGGREGATORS, aggregator_options
+from megatron_moo.finetune import missing_flags
+from megatron_moo.training.arguments import add_moo_arguments, moo_config, validate_moo_arguments
+
+
+def _args(*flags: str, **megatron) -> argparse.Namespace:
+    """Our options as parsed, in the company of Megatron's that the checks look at."""
+    args = add_moo_arguments(argparse.ArgumentParser()).parse_args(["--moo-data", "data", *flags])
+    harmless = dict.fromkeys(
+        "iterations_to_skip rampup_batch_size virtual_pipeline_model_parallel_size use_megatron_fsdp use_torch_fsdp2 "
+        "ddp_average_in_collective reuse_grad_buf_for_mxfp8_param_ag nccl_ub mtp_num_layers".split()
+    )
+    sizes = {"context_parallel_size": 1, "expert_model_parallel_size": 1, "num_distributed_optimizer_instances": 1}
+    others = {"dataloader_type": "external", "use_distributed_optimizer": True, "cuda_graph_impl": "none"}
+    vars(args).update(harmless | sizes | others | {"calculate_per_token_loss": False, "seed": 5} | megatron)
+    return args
+
+
+def test_the_preference_follows_megatrons_loss_normalisation():
+    """Would catch: `mean` that differs from stock Megatron by default."""
+    for per_token, preference in ((True, "tokens"), (False, "slots")):
+        args = _args(calculate_per_token_loss=per_token)
+        validate_moo_arguments(args)
+        assert moo_config(args, ["de", "en"]).preference == preference
+
+
+def test_every_option_of_every_method_reaches_it():
+    """Would catch: a method's option without a flag, or parsed to a type the method refuses."""
+    for method in AGGREGATORS:
+        flags = ["--moo-method", method]
+        for name, option in aggregator_options(method).items():
+            flags += [f"--moo-{method}-{name.replace('_', '-')}", str(option.default)]
+        args = _args(*flags)
+        validate_moo_arguments(args)
+        given = moo_config(args, ["de", "en"]).method_options
+        assert given == {name: option.default for name, option in aggregator_options(method).items()}
+
+
+def test_weights_are_put_in_the_order_of_the_languages():
+    """Would catch: a language trained with the weight of another."""
+    args = _args("--moo-preference", "given", "--moo-preference-weights", "en=3, de=1")
+    assert moo_config(args, ["de", "en"]).preference_weights == [1.0, 3.0]
+
+
+RULES = {
+    "save_wgrads_interval": 2,
+    "expert_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+    "use_megatron_fsdp": True,
+    "use_torch_fsdp2": True,
+    "use_distributed_optimizer": False,
+    "overlap_param_gather_with_optimizer_step": True,
+    "num_distributed_optimizer_instances": 2,
+    "ddp_reduce_scatter_with_fp32_accumulation": True,
+    "ddp_average_in_collective": True,
+    "reuse_grad_buf_for_mxfp8_param_ag": True,
+    "nccl_ub": True,
+    "mtp_num_layers": 1,
+    "cuda_graph_impl": "local",
+}
+
+
+@pytest.mark.parametrize("option", RULES)
+def test_each_rule_of_the_exchange_names_its_option_and_leaves_stock_alone(option):
+    """Would catch: a combination that is refused by nobody, or one that stock Megatron on our data could have run."""
+    text = f"--(use-)?{option.replace('_', '-')}"
+    with pytest.raises(ValueError, match=text):
+        validate_moo_arguments(_args(**{option: RULES[option]}))
+    validate_moo_arguments(_args("--moo-method", "off", **{option: RULES[option]}))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("context_parallel_size", 2), ("iterations_to_skip", [3]), ("rampup_batch_size", [1, 1, 1]),
+     ("dataloader_type", "cyclic")],
+)  # fmt: skip
+def test_rules_of_the_data_hold_for_stock_too(option, value):
+    """Would catch: batches that are not those of the step, with a method or without."""
+    for method in ("off", "mean"):
+        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')}"):
+            validate_moo_arguments(_args("--moo-method", method, **{option: value}))
+
+
+def test_flags_of_the_platform_yield_to_the_users():
+    """Would catch: a flag given twice, where argparse takes ours, the last."""
+    flags = ("--impl", "local", "--no-fusion", "--backend", "gloo")
+    assert missing_flags(flags, ["--backend", "mpi", "--x", "1"]) == ["--impl", "local", "--no-fusion"]
+    assert missing_flags(flags, []) == list(flags)
+    assert missing_flags(flags, ["--backend=mpi"]) == ["--impl", "local", "--no-fusion"]
