@@ -12,8 +12,8 @@ in the languages they saw and in ones they never saw, by greedy decoding. Everyt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -32,7 +33,14 @@ from rich.progress import (
 )
 
 from megatron_moo.aggregation import AGGREGATORS
-from megatron_moo.analysis import conflict_summary, conflict_table, evaluation_table, plot_run, read_metrics
+from megatron_moo.analysis import (
+    conflict_summary,
+    conflict_table,
+    drop_unfinished_line,
+    evaluation_table,
+    plot_run,
+    read_metrics,
+)
 from megatron_moo.data.files import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -48,15 +56,15 @@ PROCESSES, WAVES, MICRO_BATCH = 4, 8, 16
 FLAGS = {
     "--tensor-model-parallel-size": 2,
     "--num-layers": 2,
-    "--hidden-size": 128,
+    "--hidden-size": 96,
     "--num-attention-heads": 4,
-    "--ffn-hidden-size": 336,
+    "--ffn-hidden-size": 256,
     "--seq-length": 32,
     "--max-position-embeddings": 192,  # evaluation: Thai prompts are long, their letters are single bytes
     "--micro-batch-size": MICRO_BATCH,
     "--global-batch-size": MICRO_BATCH * 2 * WAVES,
-    "--lr": 5e-3,
-    "--min-lr": 5e-4,
+    "--lr": 6e-3,
+    "--min-lr": 6e-4,
     "--lr-decay-style": "cosine",
     "--lr-warmup-fraction": 0.1,
     "--weight-decay": 0.01,
@@ -100,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=list(AGGREGATORS), default="cagrad", help="default: %(default)s")
     parser.add_argument("--granularity", choices=GRANULARITIES, default="layer", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=350, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--name", default=None, help="run directory under RUNS (default: METHOD-GRANULARITY)")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), help="where run directories go (default: %(default)s)"
@@ -163,7 +171,7 @@ def command(job: Job, data: Path, prepared: Path, args: argparse.Namespace) -> l
 
 def settle(job: Job, line: list[str]) -> None:
     """Note the job's command line in its run directory; refuse a directory made with another one."""
-    options = [item for item in line if not item.startswith("--log-dir")]
+    options = line[line.index("megatron_moo.finetune") :]
     note = job.run_dir / "command.json"
     if note.exists() and (before := json.loads(note.read_text())) != options:
         changed = [f"{a} -> {b}" for a, b in zip(before, options, strict=False) if a != b]
@@ -171,26 +179,37 @@ def settle(job: Job, line: list[str]) -> None:
         changed += [f"{item} added" for item in options[len(before) :]]
         sys.exit(
             f"error: {job.run_dir} holds a run with other options ({'; '.join(changed[:5])}); "
-            f"choose another name (NAME=..., --name) or delete the directory"
+            f"delete the directory, choose another name (NAME=..., --name), or for the mean beside it --no-baseline"
         )
     job.run_dir.mkdir(parents=True, exist_ok=True)
     write_json(note, options)
 
 
-def train(job: Job, data: Path, prepared: Path, args: argparse.Namespace, console: Console) -> None:
+def train(job: Job, line: list[str], console: Console) -> None:
     """Run a job, showing where it is; ^C is passed on as a request to save and leave."""
-    line = command(job, data, prepared, args)
-    settle(job, line)
     if job.finished:
         console.print(f"{job.name}: finished before, kept ({job.run_dir})")
         return
+    follow = Follower(job.run_dir / "metrics.jsonl")
     with (job.run_dir / "launcher.log").open("a") as log:
         process = subprocess.Popen(line, start_new_session=True, stdout=log, stderr=log)
+    try:
+        interrupted = watch(job, process, follow, console)
+    finally:
+        kill_tree(process)  # nothing is left running, whatever stopped this program
+    if interrupted:
+        console.print(f"{job.name}: stopped; the same command resumes from {job.run_dir / 'checkpoints'}")
+        sys.exit(130)
+    if process.returncode or not job.finished:
+        report_failure(job, process.returncode, console)
+
+
+def watch(job: Job, process: subprocess.Popen, follow: Follower, console: Console) -> bool:
+    """Show a run's progress until it ends; returns whether ^C ended it."""
     interrupted = False
     columns = (TextColumn("{task.description:<16}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console) as progress:
         task = progress.add_task(job.name, total=job.steps, note="starting 4 processes")
-        follow = Follower(job.run_dir / "metrics.jsonl")
         while process.poll() is None:
             try:
                 time.sleep(0.5)
@@ -200,15 +219,21 @@ def train(job: Job, data: Path, prepared: Path, args: argparse.Namespace, consol
                     progress.update(task, completed=step, note="answering held-out prompts" if done else note)
             except KeyboardInterrupt:
                 if interrupted:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    kill_tree(process)
                 interrupted = True
                 progress.update(task, note="saving a checkpoint after this step (^C again: stop now, lose it)")
                 process.send_signal(signal.SIGTERM)
-    if interrupted:
-        console.print(f"{job.name}: stopped; the same command resumes from {job.run_dir / 'checkpoints'}")
-        sys.exit(130)
-    if process.returncode or not job.finished:
-        report_failure(job, process.returncode, console)
+    return interrupted
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a process and its descendants, which torchrun puts into sessions of their own."""
+    if process.poll() is None:
+        tree = psutil.Process(process.pid).children(recursive=True)
+        for child in (process, *tree):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.wait()
 
 
 def report_failure(job: Job, code: int, console: Console) -> None:
@@ -228,6 +253,7 @@ class Follower:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        drop_unfinished_line(path)  # of a killed run; the writer does the same when it starts
         self._position = path.stat().st_size if path.exists() else 0
         self._step, self._loss, self._conflict = 0, "", ""
 
@@ -266,10 +292,13 @@ def main() -> None:
     if args.method != "mean" and not args.no_baseline:
         # One baseline for all methods of the same budget: a mean does not depend on blocks.
         baseline = f"mean-{args.steps}"
-        jobs.append(Job(baseline, "mean", args.granularity, args.steps, args.runs / baseline))
+        jobs.append(Job(baseline, "mean", "layer", args.steps, args.runs / baseline))
+    lines = [command(job, data, prepared, args) for job in jobs]
+    for job, line in zip(jobs, lines, strict=True):
+        settle(job, line)
     console.rule("[bold]fine-tune", align="left")
-    for job in jobs:
-        train(job, data, prepared, args, console)
+    for job, line in zip(jobs, lines, strict=True):
+        train(job, line, console)
     run_dirs = [job.run_dir for job in jobs]
     for run_dir in run_dirs:
         plot_run(run_dir)

@@ -117,12 +117,14 @@ class Aggregator(ABC):
     Attributes:
         options: the method's options by name.
         stateful: whether weights depend on earlier calls.
+        random: whether ``generator`` is used.
         kkt_residual_B: for methods that solve a program, the relative optimality gap of each block at the
             last call (left on the device); None for others.
     """
 
     options: ClassVar[dict[str, Option]] = {}
     stateful: ClassVar[bool] = False
+    random: ClassVar[bool] = False
 
     def __init__(self, **options: float | str) -> None:
         """Take the options, by name; those not given have their defaults.

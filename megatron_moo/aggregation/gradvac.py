@@ -40,6 +40,7 @@ class GradVac(Aggregator):
         "target": Option(0.0, "cosine target of every pair at the start", low=-0.999, high=0.999),
     }
     stateful: ClassVar[bool] = True
+    random: ClassVar[bool] = True
 
     def __init__(self, **options: float | str) -> None:
         super().__init__(**options)

@@ -6,6 +6,8 @@ Shapes: B blocks, K objectives.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ class PCGrad(Aggregator):
     more, a later projection may bring back an earlier conflict: not conflict-free. Departs from the paper in
     scale: the paper sums over objectives, here the preference weighs them.
     """
+
+    random: ClassVar[bool] = True
 
     def _weights(self, problem: Problem) -> Tensor:
         gram = problem.gram_BKK

@@ -46,12 +46,23 @@ class PartialSpan:
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Blocks of a pipeline stage and where they lie in this rank's shards."""
+    """Blocks of a pipeline stage and where they lie in this rank's shards.
+
+    Attributes:
+        names: of the B blocks.
+        segments: of this rank's shards.
+        partial: spans to sum over tensor-parallel ranks before anything else.
+        tied_buckets: buckets whose rows are summed over the first and the last pipeline stage.
+        tied_blocks: blocks that both of those stages solve.
+        replicated_blocks: with scope ``local``, blocks that every tensor-parallel rank solves.
+    """
 
     names: list[str]
     segments: list[Segment]
     partial: list[PartialSpan]
     tied_buckets: list[int]
+    tied_blocks: list[int]
+    replicated_blocks: list[int]
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,8 @@ def build_block_map(
     names: dict[str, int] = {}
     segments: list[Segment] = []
     partial: list[PartialSpan] = []
+    tied_blocks: set[int] = set()
+    replicated_blocks: set[int] = set()
     for index, (params, size) in enumerate(zip(buckets, shard_sizes, strict=True)):
         bucket_name = _bucket_name([traits[param].name for param, _, _ in params])
         for param, start, end in params:
@@ -92,6 +105,10 @@ def build_block_map(
                 name = _local_name(name, trait, rank)
             # Every rank registers every block of the stage, also where its own shard holds none of it.
             block = names.setdefault(name, len(names))
+            if trait.tied and name != "model":
+                tied_blocks.add(block)
+            if scope == "local" and not trait.tensor_parallel:
+                replicated_blocks.add(block)
             start, end = max(start - rank.slot * size, 0), min(end - rank.slot * size, size)
             if start >= end:
                 continue
@@ -99,7 +116,7 @@ def build_block_map(
             if trait.tp_reduction:
                 partial.append(PartialSpan(index, start, end, trait.tp_reduction))
     tied = [i for i, params in enumerate(buckets) if any(traits[param].tied for param, _, _ in params)]
-    return BlockMap(list(names), _merge(segments), partial, tied)
+    return BlockMap(list(names), _merge(segments), partial, tied, sorted(tied_blocks), sorted(replicated_blocks))
 
 
 def _block_name(trait: ParameterTraits, bucket_name: str, granularity: str) -> str:

@@ -83,7 +83,8 @@ class ExchangeBucketGroup(BucketGroup):
             )
         if self.is_first_batch and self.grad_reduce_handle is not None:
             return
-        self.exchange.drain()
+        if self.exchange.last_wave:
+            self.exchange.drain()  # the receive buffer is one for all; earlier waves land in buffers of their own
         assert self.grad_reduce_handle is None, "two exchanges of one bucket group outstanding"
         if self.ddp_config.check_for_nan_in_grad or self.ddp_config.check_for_large_grads:
             self.check_grads(self.ddp_config.check_for_nan_in_grad, self.ddp_config.check_for_large_grads)
@@ -97,7 +98,8 @@ class ExchangeBucketGroup(BucketGroup):
             )
             for bucket, place in zip(self.buckets, self._landing, strict=True)
         ]
-        self.exchange._in_flight = self
+        if self.exchange.last_wave:
+            self.exchange._in_flight = self
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Complete the exchange. A second call within a wave does nothing, as in Megatron."""
@@ -111,10 +113,8 @@ class ExchangeBucketGroup(BucketGroup):
         if self.grad_reduce_handle is None:
             raise RuntimeError(
                 f"gradients of {len(self.params) - len(self.per_param_grad_ready_counts)} of {len(self.params)} "
-                f"parameters "
-                "of a bucket never became ready: with --overlap-grad-reduce every trainable parameter must take "
-                "part in "
-                "every step; freeze the unused ones or drop the option"
+                "parameters of a bucket never became ready: with --overlap-grad-reduce every trainable parameter must "
+                "take part in every step; freeze the unused ones or drop the option"
             )
         self.land()
 
@@ -129,7 +129,12 @@ class ExchangeBucketGroup(BucketGroup):
         self._landing = []
         self.grad_reduce_handle = None
         self.grad_reduce_finished = True
-        self.exchange._in_flight = None
+        if self.exchange.last_wave:
+            self.exchange._in_flight = None
+
+    def reserve(self) -> None:
+        """Let the shared receive buffer grow to this group's size now, not in the first step."""
+        self.exchange.receive_buffer(self.buckets[0].grad_data, sum(b.grad_data.numel() for b in self.buckets))
 
     def rows(self, index: int) -> list[torch.Tensor]:
         """Rows of bucket ``index`` after the last wave: W tensors [D, N] of this rank's shard."""

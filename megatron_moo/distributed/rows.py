@@ -10,17 +10,19 @@ Legend: B blocks, K objectives, W waves, D slots, R = W * D rows, H half rows, N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_moo.distributed.blocks import BlockMap, PartialSpan
+from megatron_moo.distributed.blocks import BlockMap, PartialSpan, Segment
 
-# Columns multiplied in one fp32 product before the result is added up in fp64: keeps rounding at that of a
-# short sum whatever the size of a shard, and temporary memory at R times this many elements.
+# Columns of one fp32 product before results are added up in fp64: keeps rounding at that of a short sum whatever the
+# size of a shard. So many products are one batched call: temporary memory is R times CHUNK times BATCH elements.
 CHUNK = 32768
+BATCH = 16
 
 Rows = Sequence[torch.Tensor]  # W tensors [D, N] of one bucket
 
@@ -108,16 +110,43 @@ def local_gramian(rows: Sequence[Rows], blocks: BlockMap, plan: RowPlan) -> torc
     """Inner products of half rows over this rank's counted elements: [B, H, H] float64, before any reduction."""
     device = plan.half_R.device
     gram_BHH = torch.zeros(len(blocks.names), plan.num_halves, plan.num_halves, dtype=torch.float64, device=device)
-    for segment in blocks.segments:
-        if not segment.counted:
-            continue
-        for start in range(segment.start, segment.end, CHUNK):
-            end = min(start + CHUNK, segment.end)
-            half = _half_rows([wave[:, start:end] for wave in rows[segment.bucket]], plan)
-            gram_BHH[segment.block] += half @ half.T
+    with _full_precision():
+        for segment in blocks.segments:
+            if segment.counted:
+                for start, end in _pieces(segment):
+                    half = _half_rows([wave[:, start:end] for wave in rows[segment.bucket]], plan)
+                    gram_BHH[segment.block] += _gram(half)
     if not plan.folds:
         gram_BHH = gram_BHH[:, _inverse(plan.half_R)][:, :, _inverse(plan.half_R)]
     return gram_BHH
+
+
+def _pieces(segment: Segment) -> Iterator[tuple[int, int]]:
+    """Spans of at most CHUNK * BATCH elements: what is copied to fp32 at a time."""
+    for start in range(segment.start, segment.end, CHUNK * BATCH):
+        yield start, min(start + CHUNK * BATCH, segment.end)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32, which some containers switch on for all products: its error turns the sign of small cosines."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _gram(half: torch.Tensor) -> torch.Tensor:
+    """[H, n] float32 -> [H, H] float64."""
+    whole = half.shape[1] // CHUNK * CHUNK
+    rest = half[:, whole:]
+    gram = (rest @ rest.T).double()
+    if whole:
+        chunks = half[:, :whole].unflatten(1, (-1, CHUNK)).transpose(0, 1)
+        gram += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
+    return gram
 
 
 def _half_rows(waves: Rows, plan: RowPlan) -> torch.Tensor:
@@ -152,6 +181,8 @@ def combine(
     for waves, segments, shard in zip(rows, by_bucket, shards, strict=True):
         combined = torch.zeros(shard.numel(), dtype=torch.float32, device=shard.device)
         for segment in segments:
-            for wave, coefficients_D in zip(waves, coefficients_BR[segment.block].float().split(slots), strict=True):
-                combined[segment.start : segment.end] += coefficients_D @ wave[:, segment.start : segment.end].float()
+            coefficients_WD = coefficients_BR[segment.block].float().split(slots)
+            for start, end in _pieces(segment):
+                for wave, coefficients_D in zip(waves, coefficients_WD, strict=True):
+                    combined[start:end] += coefficients_D @ wave[:, start:end].float()
         shard.copy_(combined)

@@ -57,12 +57,16 @@ def install(model_chunks: Sequence[torch.nn.Module], config: MooConfig, assign: 
     chunks = list(model_chunks)
     if problems := upstream.unsupported(chunks):
         raise ValueError("megatron_moo cannot be installed here:\n- " + "\n- ".join(problems))
+    if not upstream.every_stage_trains(chunks):
+        raise ValueError(
+            "a pipeline stage has no trainable parameter: it has no gradient bucket to exchange; move the pipeline "
+            "cut, or train something on every stage"
+        )
     model_config = upstream.get_model_config(chunks[0])
     if model_config.finalize_model_grads_func is not None:
         raise ValueError(
-            f"config.finalize_model_grads_func is already set to {model_config.finalize_model_grads_func!r}: it "
-            f"would run "
-            "instead of the combination; leave it unset"
+            f"config.finalize_model_grads_func is already set to {model_config.finalize_model_grads_func!r}: it would "
+            "run instead of the combination; leave it unset"
         )
     moo = BucketLevelMoo(chunks, config, assign)
     model_config.finalize_model_grads_func = moo.finalize_model_grads
@@ -74,7 +78,8 @@ class BucketLevelMoo:
 
     Attributes:
         config: the configuration.
-        step: the optimizer step whose gradients come next; set it when a run is resumed.
+        step: the optimizer step whose gradients come next. It counts by itself; a loop that resumes, repeats or skips
+            steps sets it before each step.
         aggregator: the method.
         blocks: names of this pipeline stage's blocks.
         num_waves: W.
@@ -101,6 +106,7 @@ class BucketLevelMoo:
         self._buckets: list[tuple[ExchangeBucketGroup, int]] = []
         self._tokens_W: list[torch.Tensor] = []
         self._waves_run = False
+        self._state_before: tuple[int, dict[str, torch.Tensor]] | None = None
         params = self._replace_groups(chunks)
         traits = {param: trait for chunk in chunks for param, trait in upstream.parameter_traits(chunk).items()}
         self._block_map = build_block_map(
@@ -113,6 +119,8 @@ class BucketLevelMoo:
         )
         self.blocks = self._block_map.names
         self._device = self._buckets[0][0].buckets[0].grad_data.device
+        for group in {id(group): group for group, _ in self._buckets}.values():
+            group.reserve()
 
     def _replace_groups(self, chunks: list[torch.nn.Module]) -> list[list[tuple[torch.nn.Parameter, int, int]]]:
         params = []
@@ -145,7 +153,7 @@ class BucketLevelMoo:
                     f"global batch size a multiple of micro batch size * {self._slots} * {self.num_waves}"
                 )
             reports = []
-            self._waves_run = True
+            self._waves_run, self._exchange.wave, self._tokens_W = True, 0, []
             for _ in range(self.num_waves):
                 reports += forward_backward(
                     num_microbatches=num_microbatches // self.num_waves,
@@ -172,7 +180,7 @@ class BucketLevelMoo:
             model: the chunks that Megatron hands over.
             num_tokens: this slot's tokens in the wave, valid on the last pipeline stage; None without
                 ``calculate_per_token_loss``.
-            pg_collection: unused; the groups are those the model was wrapped with.
+            pg_collection: names the group of the tied embedding; other groups are those the model was wrapped with.
             force_all_reduce: refused.
         """
         if self.num_waves > 1 and not self._waves_run:
@@ -183,7 +191,6 @@ class BucketLevelMoo:
             )
         for chunk in model:
             chunk.finish_grad_sync(force_all_reduce=force_all_reduce)
-        upstream.reset_model_temporary_tensors(self._model_config, model)
         if num_tokens is not None:
             self._tokens_W.append(self._gather_tokens(num_tokens))
         if not self._exchange.last_wave:
@@ -191,17 +198,26 @@ class BucketLevelMoo:
                 chunk.zero_grad_buffer()
             self._exchange.wave += 1
             return
-        self._resolve()
+        self._resolve(self._embedding_group(pg_collection))
         self._exchange.wave = 0
         self._tokens_W = []
         self.step += 1
 
-    def _resolve(self) -> None:
+    def _embedding_group(self, pg_collection: Any) -> dist.ProcessGroup | None:
+        group = upstream.embedding_group(pg_collection)
+        if group is None and self._block_map.tied_buckets:
+            raise RuntimeError(
+                "the tied embedding lives on two pipeline stages, but no process group joins them: its copies would "
+                "drift apart; give the schedule a pg_collection with embd, or initialise Megatron's parallel_state"
+            )
+        return group
+
+    def _resolve(self, embedding_group: dist.ProcessGroup | None) -> None:
         """Rows -> fix-ups -> Gramian -> weights -> shard."""
         plan = self._row_plan()
         rows = [group.rows(i) for group, i in self._buckets]
         reduce_partial_rows(rows, self._block_map.partial, self._tp_group)
-        reduce_tied_rows(rows, self._block_map.tied_buckets, upstream.embedding_group())
+        reduce_tied_rows(rows, self._block_map.tied_buckets, embedding_group)
 
         gram_BHH = self._reduce_gramian(local_gramian(rows, self._block_map, plan))
         count_K = self._counts(plan)
@@ -212,6 +228,7 @@ class BucketLevelMoo:
         preference_K = self._preference(plan, count_K)
         active_K = (count_K > 0) & (preference_K > 0)
         weights_BK, active_BK = self._solve(gram_BKK, active_K, preference_K)
+        self._agree(weights_BK, embedding_group)
 
         coefficients_BR = (weights_BK * scale_K)[:, plan.objective_R]
         combine(rows, self._block_map, coefficients_BR, [g.shard(g.buckets[i]) for g, i in self._buckets])
@@ -233,8 +250,14 @@ class BucketLevelMoo:
         shape_ok = len(assignment) == self.num_waves and all(len(wave) == self._slots for wave in assignment)
         if not shape_ok or not all(0 <= objective < k for wave in assignment for objective in wave):
             raise ValueError(
-                f"assign({self.step}) must be {self.num_waves} waves of {self._slots} objective ids in [0, "
-                f"{k}), found {assignment}"
+                f"assign({self.step}) must be {self.num_waves} waves of {self._slots} objective ids in [0, {k}), "
+                f"found {assignment}"
+            )
+        given = self.config.preference_weights
+        if given is not None and not any(given[objective] > 0 for wave in assignment for objective in wave):
+            raise ValueError(
+                f"step {self.step}: every objective in it has preference weight 0, its gradient would be zero; add "
+                "waves, or give weights above 0"
             )
         return RowPlan.from_assignment(assignment, k, self._device)
 
@@ -286,12 +309,41 @@ class BucketLevelMoo:
         A block with a non-finite Gramian falls back to the mean, so that the non-finite gradient reaches the loss
         scaler or Megatron's own check instead of a solver.
         """
+        self._rewind_state()
         finite_B = gram_BKK.isfinite().all((1, 2))
         gram_BKK = torch.where(finite_B[:, None, None], gram_BKK, 0.0)
         active_BK = active_K & finite_B[:, None]
-        generators = [_generator(self.config.seed, self.step, name) for name in self.blocks]
+        generators = None
+        if self.aggregator.random:
+            generators = [_generator(self.config.seed, self.step, name) for name in self.blocks]
         weights_BK = self.aggregator(gram_BKK, active_BK, preference_K, generators)
         return torch.where(finite_B[:, None], weights_BK, preference_K), active_BK
+
+    def _rewind_state(self) -> None:
+        """A step that is computed again (Megatron's rerun machine does that) must not move the method's state twice."""
+        if not self.aggregator.stateful:
+            return
+        if self._state_before is not None and self._state_before[0] == self.step:
+            self.aggregator.load_state_dict(self._state_before[1])
+        else:
+            state = {key: tensor.clone() for key, tensor in self.aggregator.state_dict().items()}
+            self._state_before = (self.step, state)
+
+    def _agree(self, weights_BK: torch.Tensor, embedding_group: dist.ProcessGroup | None) -> None:
+        """Make ranks that solve the same block take the same weights, in place.
+
+        Their Gramians come out of reductions in different groups or at different offsets, which may round differently;
+        a method that amplifies the last bit would let the copies of a parameter drift apart.
+        """
+        shared = []
+        if embedding_group is not None and self._block_map.tied_blocks:
+            shared.append((self._block_map.tied_blocks, embedding_group))
+        if self._tp_group.size() > 1 and self._block_map.replicated_blocks:
+            shared.append((self._block_map.replicated_blocks, self._tp_group))
+        for blocks, group in shared:
+            weights = weights_BK[blocks].contiguous()
+            dist.broadcast(weights, src=dist.get_global_rank(group, 0), group=group)
+            weights_BK[blocks] = weights
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -317,8 +369,11 @@ class BucketLevelMoo:
             Names of this stage's blocks without saved state.
 
         Raises:
-            ValueError: for another method or other objectives, whose state would be misread silently.
+            ValueError: for another method or other objectives, if either has state: it would be misread silently.
         """
+        saved = state["blocks"]
+        if not saved and not self.aggregator.stateful:
+            return []
         for key, found, ours in (
             ("method", state["method"], self.config.method),
             ("objectives", list(state["objectives"]), list(self.config.objectives)),
@@ -329,8 +384,7 @@ class BucketLevelMoo:
                     "start from the weights alone (--finetune, or --no-load-optim)"
                 )
         self.aggregator.reset()
-        saved = state["blocks"]
-        if not self.aggregator.stateful or not saved:
+        if not saved:
             return []
         b, k = len(self.blocks), len(self.config.objectives)
         # A call in which nobody takes part makes fresh state of the right shape.

@@ -17,11 +17,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.distributed.param_and_grad_buffer import (
     _ParamAndGradBucket as Bucket,
 )
@@ -39,11 +39,11 @@ __all__ = [
     "ParameterTraits",
     "bucket_parameters",
     "embedding_group",
+    "every_stage_trains",
     "get_model_config",
     "get_pp_last_rank",
     "parameter_traits",
     "replace_bucket_groups",
-    "reset_model_temporary_tensors",
     "unsupported",
 ]
 
@@ -150,9 +150,13 @@ def replace_bucket_groups(
     return groups
 
 
-def embedding_group() -> torch.distributed.ProcessGroup | None:
-    """First and last pipeline stage of this rank's model replica; None where it is on neither or they are one."""
-    group = parallel_state.get_embedding_group(check_initialized=False)
+def embedding_group(pg_collection: Any = None) -> torch.distributed.ProcessGroup | None:
+    """First and last pipeline stage of this rank's model replica; None where it is on neither or they are one.
+
+    Args:
+        pg_collection: what the schedule hands to ``finalize_model_grads``; None means Megatron's global groups.
+    """
+    group = getattr(pg_collection, "embd", None) or parallel_state.get_embedding_group(check_initialized=False)
     if not isinstance(group, torch.distributed.ProcessGroup) or group.size() < 2:
         return None
     if torch.distributed.get_rank() not in torch.distributed.get_process_group_ranks(group):
@@ -160,14 +164,20 @@ def embedding_group() -> torch.distributed.ProcessGroup | None:
     return group
 
 
+def every_stage_trains(chunks: list[DistributedDataParallel]) -> bool:
+    """Whether each pipeline stage has a trainable parameter; collective over the stages, the same answer on all."""
+    mine = torch.tensor([int(all(chunk.bucket_groups for chunk in chunks))], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MIN, group=chunks[0].pp_group)
+    return bool(mine)
+
+
 def unsupported(chunks: list[torch.nn.Module]) -> list[str]:
     """What of these wrapped chunks the exchange cannot do; each entry names option, reason and remedy."""
     if not all(isinstance(chunk, DistributedDataParallel) for chunk in chunks):
         kinds = ", ".join(sorted({type(chunk).__name__ for chunk in chunks}))
         return [
-            f"the model must be wrapped in Megatron's DistributedDataParallel, found {kinds}: FSDP shards "
-            f"gradients before "
-            "they can be told apart; drop --use-megatron-fsdp / --use-torch-fsdp2"
+            f"the model must be wrapped in Megatron's DistributedDataParallel, found {kinds}: FSDP shards gradients "
+            "before they can be told apart; drop --use-megatron-fsdp / --use-torch-fsdp2"
         ]
     config, ddp = get_model_config(chunks[0]), chunks[0].ddp_config
     cp = chunks[0].dp_cp_group.size() // chunks[0].dp_group.size()
@@ -203,9 +213,17 @@ def unsupported(chunks: list[torch.nn.Module]) -> list[str]:
             "--context-parallel-size > 1: rows of context-parallel peers are not folded yet; set it to 1",
         ),
         (
-            bool(chunks[0].expert_parallel_buffers),
-            "experts in buffers of their own (expert parallelism) are not supported yet; set "
-            "--expert-model-parallel-size 1",
+            bool(chunks[0].expert_parallel_buffers) or getattr(config, "num_moe_experts", None) is not None,
+            "--num-experts: mixtures of experts are not supported yet (an expert's gradient mixes the tokens of its "
+            "peers, and the routers' updates after the backward pass are not run); use a dense model",
+        ),
+        (
+            max(getattr(config, "gtp_weight_remat_size", 1), getattr(config, "expert_gtp_weight_remat_size", 1)) > 1,
+            "--gtp-weight-remat-size > 1: its gradient reduction is not run; set it to 1",
+        ),
+        (
+            getattr(config, "has_cond_embedder", False) or getattr(config, "flextron", False),
+            "conditional embedders and flextron routers are not supported: their gradients are not reduced over stages",
         ),
         (
             bool(getattr(config, "mtp_num_layers", None)),

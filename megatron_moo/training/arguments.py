@@ -174,6 +174,18 @@ def _data_rules(args: argparse.Namespace) -> Rules:
             "drop it",
         ),
         (args.context_parallel_size > 1, "--context-parallel-size > 1: not supported yet; set it to 1"),
+        (
+            getattr(args, "eval_micro_batch_size", None) not in (None, args.micro_batch_size)
+            or getattr(args, "eval_global_batch_size", None) not in (None, args.global_batch_size),
+            "--eval-micro-batch-size / --eval-global-batch-size: validation batches have the training sizes; drop them",
+        ),
+        (
+            args.moo_eval_rows
+            and args.sequence_parallel
+            and args.max_position_embeddings % args.tensor_model_parallel_size,
+            "--moo-eval-rows with --sequence-parallel: decoding cuts up to --max-position-embeddings tokens into "
+            "tensor-parallel parts; make it a multiple of --tensor-model-parallel-size",
+        ),
     )
 
 
@@ -190,8 +202,13 @@ def _exchange_rules(args: argparse.Namespace) -> Rules:
             "--save-wgrads-interval: there is no summed gradient to save while languages are kept apart; drop it",
         ),
         (
-            args.expert_model_parallel_size > 1,
-            "--expert-model-parallel-size > 1: not supported yet; set it to 1",
+            args.expert_model_parallel_size > 1 or getattr(args, "num_experts", None),
+            "--num-experts, --expert-model-parallel-size > 1: mixtures of experts are not supported yet; "
+            "use a dense model",
+        ),
+        (
+            getattr(args, "gtp_weight_remat_size", 1) > 1 or getattr(args, "expert_gtp_weight_remat_size", 1) > 1,
+            "--gtp-weight-remat-size > 1: its gradient reduction is not run; set it to 1",
         ),
         (
             args.virtual_pipeline_model_parallel_size,
@@ -267,11 +284,12 @@ def moo_config(args: argparse.Namespace, objectives: list[str]) -> MooConfig:
             f"{args.moo_preference}, --moo-preference-weights {args.moo_preference_weights}"
         )
     if args.moo_preference_weights is not None:
-        given = dict(_parse_weight(item) for item in args.moo_preference_weights.split(","))
-        if set(given) != set(objectives):
+        items = [_parse_weight(item) for item in args.moo_preference_weights.split(",")]
+        given = dict(items)
+        if set(given) != set(objectives) or len(items) != len(given):
             raise ValueError(
-                f"--moo-preference-weights must name exactly the languages {', '.join(objectives)}; "
-                f"found {', '.join(given)}"
+                f"--moo-preference-weights must name each of {', '.join(objectives)} once; "
+                f"found {', '.join(name for name, _ in items)}"
             )
         weights = [given[name] for name in objectives]
     return MooConfig(

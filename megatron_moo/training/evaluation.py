@@ -58,8 +58,7 @@ def check_lengths(splits: dict[str, list[EvalRow]], tokenizer: Tokenizer, seq_le
             if (length := len(tokenizer.encode(row.prompt))) >= seq_length:
                 raise DataError(
                     f"--moo-eval-rows: a prompt of {length} tokens ({split}, {row.lang}: {row.prompt!r}) leaves "
-                    f"no room "
-                    f"for an answer in --max-position-embeddings {seq_length}; raise that, or leave the row out"
+                    f"no room for an answer in --max-position-embeddings {seq_length}; raise that, or leave the row out"
                 )
 
 

@@ -11,6 +11,7 @@ Legend: K objectives (languages), D data-parallel slots, W waves, M micro-batche
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -63,7 +64,7 @@ class Run:
         self.moo: BucketLevelMoo | None = None
         self._losses = metrics.LossRecorder(len(plan.objectives))
         self._file: metrics.MetricsFile | None = None
-        self._conflict = ""
+        self._batches_read = 0  # of the current step
 
     # -- hooks for pretrain --------------------------------------------------------------------------------------
 
@@ -77,7 +78,8 @@ class Run:
     def datasets(self, num_samples: Any, vp_stage: int | None = None) -> tuple[Iterator | None, Iterator | None, None]:
         """Megatron's dataset provider, for ``--dataloader-type external``: this slot's iterators."""
         args = get_args()
-        train = self._batches(args.moo_train_split, args.consumed_train_samples // args.global_batch_size)
+        # By the step's number, as the exchange: a resumed run may have another batch size.
+        train = self._batches(args.moo_train_split, args.iteration)
         valid = None
         if _has_validation(args, self.plan.manifest):
             valid = self._batches(args.moo_valid_split, args.consumed_valid_samples // args.global_batch_size)
@@ -97,15 +99,35 @@ class Run:
             start_step=start_step,
         )
 
+    def begin_step(self) -> int:
+        """Called before the forward passes of a step, again if Megatron repeats it; returns the step's number."""
+        self._losses.clear()
+        self._batches_read = 0
+        return get_args().curr_iteration
+
     def forward_step(self, batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple:
         """One micro-batch through this pipeline stage."""
         if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
             return model(None, None, None), None
-        batch = next(batches)
-        objective = int(batch.pop("objective")) if model.training else None  # read before it moves to the device
-        batch = {key: value.to(torch.cuda.current_device()) for key, value in batch.items()}
+        batch = dict(next(batches))  # a copy: Megatron's rerun machine keeps the original
+        objective = int(batch.pop("objective"))
+        if model.training:
+            self._check_objective(objective)
+        batch = {key: value.to(torch.cuda.current_device(), non_blocking=True) for key, value in batch.items()}
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return losses, functools.partial(self._loss, batch["loss_mask"], objective)
+        return losses, functools.partial(self._loss, batch["loss_mask"], objective if model.training else None)
+
+    def _check_objective(self, objective: int) -> None:
+        """The exchange takes the sampler's word for a row's language; so must the data."""
+        wave, self._batches_read = self._batches_read // self.plan.micro_batches_per_wave, self._batches_read + 1
+        step, slot = get_args().curr_iteration, parallel_state.get_data_parallel_rank()
+        expected = int(self.plan.sampler.assign(step)[wave, slot])
+        if objective != expected:
+            names = self.plan.objectives
+            raise RuntimeError(
+                f"step {step}, wave {wave}, slot {slot}: the batch is {names[objective]}, the exchange expects "
+                f"{names[expected]}: data and steps have come apart"
+            )
 
     def _loss(self, mask: torch.Tensor, objective: int | None, losses: torch.Tensor) -> tuple:
         """Sum of token losses and number of tokens; Megatron divides as its flags say."""
@@ -115,7 +137,7 @@ class Run:
             self._losses.add(objective, total, tokens)
         return total, tokens.int(), {"lm loss": torch.stack([total.detach(), tokens])}
 
-    def after_step(self, *, loss_dict: dict, learning_rate: Any, iteration: int, skipped: int, grad_norm: Any) -> None:
+    def after_step(self, *, learning_rate: Any, iteration: int, grad_norm: Any) -> None:
         """Write what the step reports: losses every step, conflicts at intervals."""
         args = get_args()
         sums = self._losses.reduce(parallel_state.get_data_parallel_group())
@@ -249,8 +271,6 @@ def _has_validation(args: Any, manifest: Manifest) -> bool:
 
 def _defaults(argv: list[str]) -> dict[str, Any]:
     """Defaults of Megatron's arguments that follow from ours; flags that are given win."""
-    import argparse
-
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--moo-data", type=Path)
     early.add_argument("--moo-run-dir", type=Path)
@@ -291,7 +311,7 @@ def run() -> None:
     this.datasets.__func__.is_distributed = True
     model_config = gpt_config_from_args(args, model_config_cls=MooGPTModelConfig)
     model_config.post_wrap_hooks.append(this.on_wrapped)
-    with hooked_training_loop(lambda: this.moo, lambda: args.curr_iteration, this.after_step):
+    with hooked_training_loop(lambda: this.moo, this.begin_step, this.after_step):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             this.datasets,

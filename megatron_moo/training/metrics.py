@@ -31,6 +31,10 @@ class LossRecorder:
             self._sums_K2 = torch.zeros(self._num_objectives, 2, dtype=torch.float64, device=loss_sum.device)
         self._sums_K2[objective] += torch.stack([loss_sum.detach(), tokens.detach().to(loss_sum)]).double()
 
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self._sums_K2 = None
+
     def reduce(self, group: dist.ProcessGroup) -> torch.Tensor | None:
         """Sums [K, 2] over a data-parallel group, and start afresh; None where no loss was seen (earlier stages)."""
         sums, self._sums_K2 = self._sums_K2, None

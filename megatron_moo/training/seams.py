@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import megatron.training.arguments as arguments
 import megatron.training.training as loop
+from megatron.training import print_rank_0
 
 from megatron_moo.distributed import BucketLevelMoo
 
@@ -92,27 +93,26 @@ def hooked_training_loop(
         because
             the model is built inside the loop.
         begin_step: index of the step that starts.
-        after_step: called with the keyword arguments ``loss_dict, learning_rate, iteration, skipped, grad_norm``.
+        after_step: called with the keyword arguments ``learning_rate, iteration, grad_norm``.
     """
     names = ("get_forward_backward_func", "get_optimizer_param_scheduler", "training_log")
     missing = [name for name in names if not hasattr(loop, name)]
     if missing:
         raise RuntimeError(
-            f"megatron.training.training no longer has {', '.join(missing)}: this megatron-core release moved a "
-            f"seam; install "
-            "a release that setup.py allows"
+            f"megatron.training.training no longer has {', '.join(missing)}: this megatron-core release moved a seam; "
+            "install a release that setup.py allows"
         )
     stock = {name: getattr(loop, name) for name in names}
 
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         schedule = stock["get_forward_backward_func"](*args, **kwargs)
-        if moo() is None:
-            return schedule
-        waves = moo().waves(schedule)
+        waves = schedule if moo() is None else moo().waves(schedule)
 
         def run(*, forward_only: bool = False, **kwargs: Any) -> Any:
             if not forward_only:
-                moo().step = begin_step()
+                step = begin_step()
+                if moo() is not None:
+                    moo().step = step
             return waves(forward_only=forward_only, **kwargs)
 
         return run
@@ -126,15 +126,9 @@ def hooked_training_loop(
     def training_log(
         loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
     ) -> Any:
-        # loss_scale, report_memory_flag, skipped_iter, grad_norm, ... are positional in Megatron's own call.
+        # loss_scale, report_memory_flag, skipped_iter and grad_norm are positional in Megatron's own call.
         result = stock["training_log"](loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-        after_step(
-            loss_dict=loss_dict,
-            learning_rate=learning_rate,
-            iteration=iteration,
-            skipped=args[2],
-            grad_norm=args[3],
-        )
+        after_step(learning_rate=learning_rate, iteration=iteration, grad_norm=args[3])
         return result
 
     hooks = (get_forward_backward_func, get_optimizer_param_scheduler, training_log)
@@ -155,7 +149,10 @@ def _carry_state(scheduler: Any, moo: BucketLevelMoo) -> None:
 
     def load_state_dict(state: dict[str, Any]) -> None:
         own_load({key: value for key, value in state.items() if key != SCHEDULER_KEY})
-        if SCHEDULER_KEY in state:
-            moo.load_state_dict(state[SCHEDULER_KEY])
+        if SCHEDULER_KEY in state and (fresh := moo.load_state_dict(state[SCHEDULER_KEY])):
+            print_rank_0(
+                f" moo: the checkpoint has no aggregator state for {len(fresh)} of {len(moo.blocks)} blocks of "
+                f"the first stage, which start afresh: {', '.join(fresh[:5])}"
+            )
 
     scheduler.state_dict, scheduler.load_state_dict = state_dict, load_state_dict

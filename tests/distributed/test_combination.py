@@ -117,7 +117,7 @@ def cases():
             seed=SEED,
         )
         label = f"{method}/{granularity}/{variant_name}/waves={waves}"
-        overlap = (len(built) % 2) == 0
+        overlap = (len(built) // 2) % 2 == 0  # both with one and with two waves
         built.append((label, variant, assignment, per_wave, overlap, references[variant_name, waves], config))
     return built
 

@@ -16,8 +16,10 @@ BLOCKS = BlockMap(
         Segment(1, 0, 30, 1, True),
         Segment(1, 30, 32, 0, False),
     ],
-    [],
-    [],
+    partial=[],
+    tied_buckets=[],
+    tied_blocks=[],
+    replicated_blocks=[],
 )
 
 
@@ -44,6 +46,7 @@ def test_halves_alternate_and_cover():
 def test_gramian_is_that_of_summed_rows(monkeypatch, assignment, chunk):
     """Would catch wrong folding, a wrong order of halves, and uncounted replicas counted."""
     monkeypatch.setattr(ops, "CHUNK", chunk)
+    monkeypatch.setattr(ops, "BATCH", 2)
     plan = ops.RowPlan.from_assignment(assignment, 4)
     rows = _rows()
     gram = ops.local_gramian(rows, BLOCKS, plan)

@@ -14,9 +14,11 @@ def _args(*flags: str, **megatron) -> argparse.Namespace:
     args = add_moo_arguments(argparse.ArgumentParser()).parse_args(["--moo-data", "data", *flags])
     harmless = dict.fromkeys(
         "iterations_to_skip rampup_batch_size virtual_pipeline_model_parallel_size use_megatron_fsdp use_torch_fsdp2 "
-        "ddp_average_in_collective reuse_grad_buf_for_mxfp8_param_ag nccl_ub mtp_num_layers".split()
+        "ddp_average_in_collective reuse_grad_buf_for_mxfp8_param_ag nccl_ub mtp_num_layers eval_micro_batch_size "
+        "eval_global_batch_size num_experts sequence_parallel".split()
     )
     sizes = {"context_parallel_size": 1, "expert_model_parallel_size": 1, "num_distributed_optimizer_instances": 1}
+    sizes |= {"micro_batch_size": 2, "global_batch_size": 8, "tensor_model_parallel_size": 2}
     others = {"dataloader_type": "external", "use_distributed_optimizer": True, "cuda_graph_impl": "none"}
     vars(args).update(harmless | sizes | others | {"calculate_per_token_loss": False, "seed": 5} | megatron)
     return args
@@ -51,6 +53,8 @@ def test_weights_are_put_in_the_order_of_the_languages():
 RULES = {
     "save_wgrads_interval": 2,
     "expert_model_parallel_size": 2,
+    "num_experts": 4,
+    "gtp_weight_remat_size": 2,
     "virtual_pipeline_model_parallel_size": 2,
     "use_megatron_fsdp": True,
     "use_torch_fsdp2": True,
@@ -78,7 +82,7 @@ def test_each_rule_of_the_exchange_names_its_option_and_leaves_stock_alone(optio
 @pytest.mark.parametrize(
     ("option", "value"),
     [("context_parallel_size", 2), ("iterations_to_skip", [3]), ("rampup_batch_size", [1, 1, 1]),
-     ("dataloader_type", "cyclic")],
+     ("dataloader_type", "cyclic"), ("eval_micro_batch_size", 3), ("eval_global_batch_size", 3)],
 )  # fmt: skip
 def test_rules_of_the_data_hold_for_stock_too(option, value):
     """Would catch: batches that are not those of the step, with a method or without."""

@@ -42,7 +42,7 @@ FLAGS = {
     "weights of others": (
         ("--moo-preference", "given", "--moo-preference-weights", "de=1,en=2,xx=1"),
         1,
-        ("exactly the languages de, en, ru",),
+        ("each of de, en, ru once",),
     ),
     "weight": (("--moo-preference", "given", "--moo-preference-weights", "de=x"), 1, ("'de=x' is not LANG=NUMBER",)),
     "token preference": (("--moo-preference", "tokens"), 1, ("--calculate-per-token-loss",)),
@@ -55,7 +55,7 @@ FLAGS = {
     "expert parallel": (
         ("--expert-model-parallel-size", "2", "--num-experts", "2"),
         2,
-        ("--expert-model-parallel-size", "set it to 1"),
+        ("--expert-model-parallel-size", "dense model"),
     ),
     "interleaved": (
         ("--num-layers", "4", "--num-layers-per-virtual-pipeline-stage", "1", "--pipeline-model-parallel-size", "2"),
