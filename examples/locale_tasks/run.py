@@ -108,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=list(AGGREGATORS), default="cagrad", help="default: %(default)s")
     parser.add_argument("--granularity", choices=GRANULARITIES, default="layer", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=250, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--name", default=None, help="run directory under RUNS (default: METHOD-GRANULARITY)")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), help="where run directories go (default: %(default)s)"

@@ -22,6 +22,21 @@ def add_moo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group = parser.add_argument_group(
         "megatron-moo", "bucket-level multi-objective gradients for multilingual fine-tuning"
     )
+    _add_gradient_options(group)
+    _add_data_options(group)
+    _add_run_options(group)
+    for method in AGGREGATORS:
+        for name, option in aggregator_options(method).items():
+            group.add_argument(
+                _flag(method, name),
+                default=None,
+                type=_parser_of(option.default),
+                help=f"{method}: {option.help} (default: {option.default})",
+            )
+    return parser
+
+
+def _add_gradient_options(group: Any) -> None:
     group.add_argument(
         "--moo-method",
         default="mean",
@@ -62,6 +77,9 @@ def add_moo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         default=None,
         help="forward/backward passes per step (default: as few as give every language a data-parallel slot)",
     )
+
+
+def _add_data_options(group: Any) -> None:
     group.add_argument(
         "--moo-data",
         type=Path,
@@ -81,6 +99,9 @@ def add_moo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         default="valid",
         help="split for Megatron's validation loss, if there (default: valid)",
     )
+
+
+def _add_run_options(group: Any) -> None:
     group.add_argument(
         "--moo-run-dir",
         type=Path,
@@ -113,15 +134,6 @@ def add_moo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument(
         "--moo-eval-batch-size", type=int, default=64, help="prompts decoded at a time by each slot (default: 64)"
     )
-    for method in AGGREGATORS:
-        for name, option in aggregator_options(method).items():
-            group.add_argument(
-                _flag(method, name),
-                default=None,
-                type=_parser_of(option.default),
-                help=f"{method}: {option.help} (default: {option.default})",
-            )
-    return parser
 
 
 def _flag(method: str, option: str) -> str:
