@@ -236,7 +236,14 @@ def test_an_interrupt_reaches_the_program_and_make_waits_for_it(shell, clone, tm
     )
     program.chmod(0o755)
     environment = shell.env | {"FAKE_EXEC": str(program)}
-    process = subprocess.Popen(["make", "finetune"], cwd=clone, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        ["make", "finetune"],
+        cwd=clone,
+        env=environment,
+        start_new_session=True,
+        # A job started in the background of a script inherits SIGINT as ignored, and so would everything below it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 30
     while not ready.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
