@@ -13,7 +13,7 @@ for batch in MicroBatches(manifest, "train", sampler, slot=0, micro_batch_size=8
     ...
 """
 
-from megatron_moo.data.batches import MicroBatches, OverLong, collate
+from megatron_moo.data.batches import MicroBatches, collate
 from megatron_moo.data.corpus import Corpus
 from megatron_moo.data.files import DataError
 from megatron_moo.data.manifest import Entry, Manifest, TokenizerInfo
@@ -29,7 +29,6 @@ __all__ = [
     "LanguagePureSampler",
     "Manifest",
     "MicroBatches",
-    "OverLong",
     "Row",
     "Segment",
     "Tokenizer",

@@ -7,22 +7,12 @@ Legend: b samples of a micro-batch, S sequence length.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from megatron_moo.data.corpus import Corpus
 from megatron_moo.data.manifest import Manifest
 from megatron_moo.data.sampler import LanguagePureSampler
-
-
-@dataclass(frozen=True)
-class OverLong:
-    """Samples of a language that do not fit: dropped before sampling."""
-
-    lang: str
-    dropped: int
-    documents: int
 
 
 def collate(samples: list[tuple], seq_length: int, pad_id: int) -> dict[str, torch.Tensor]:
@@ -69,7 +59,7 @@ class MicroBatches:
         slot: this rank's.
         micro_batch_size: b.
         micro_batches_per_wave: so that a row has b times that many samples.
-        seq_length: S; samples of more than S + 1 tokens are dropped (see `over_long`).
+        seq_length: S; samples of more than S + 1 tokens are dropped (see `Corpus.dropped`).
         pad_id: see collate.
         start_step: the first step to give.
 
@@ -108,10 +98,6 @@ class MicroBatches:
         self.corpora: list[Corpus] = [manifest.corpus(split, k, seq_length + 1) for k in manifest.objectives]
         self.sizes = [len(corpus) for corpus in self.corpora]
         self._batches = self._generate(start_step)
-
-    def over_long(self) -> list[OverLong]:
-        """Languages that lost samples because of their length, for one report at the start."""
-        return [OverLong(c.lang, c.dropped, c.dropped + len(c)) for c in self.corpora if c.dropped]
 
     def epochs(self, step: int) -> list[float]:
         """Epochs of each objective's corpus that the steps before `step` have used, over all slots: [K]."""

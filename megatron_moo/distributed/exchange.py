@@ -6,9 +6,9 @@ Protocol, for one bucket of N' = D * N gradient elements on D data-parallel slot
    ``finish_grad_sync`` does at the end of the backward pass).
 2. The bucket is sent by one all-to-all: slice j goes to rank j. Every rank sends (D - 1) * N elements, as in a
    reduce-scatter, and receives the D slots' gradients of its own shard *unsummed*: rows [D, N].
-3. A receive buffer as large as the largest bucket group takes them in. Only one exchange is in flight at a time: the
-   next one drains it first, so that one buffer is enough (megatron-core's fp32-accumulating reduce-scatter works the
-   same way).
+3. A receive buffer as large as the largest bucket group takes them in. Only one exchange is in flight at a time in the
+   last wave: the next one drains it first, so that one buffer is enough (megatron-core's fp32-accumulating
+   reduce-scatter works the same way). Earlier waves land in buffers of their own and need no draining.
 4. Once sent, the bucket's own memory is free; the rows of the last wave move in there. Rows of earlier waves stay in
    buffers of their own, allocated once: W - 1 of the bucket's size, none for W = 1.
 
@@ -26,7 +26,7 @@ from megatron_moo.distributed.upstream import Bucket, BucketGroup
 
 
 class Exchange:
-    """What the bucket groups of a rank share: the wave, and the one exchange in flight.
+    """What the bucket groups of a rank share: the wave, and in the last one the exchange in flight.
 
     Args:
         waves: W, the exchanges of each bucket in one optimizer step.

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from megatron_moo.distributed.blocks import BlockMap, PartialSpan, Segment
 
 # Columns of one fp32 product before results are added up in fp64: keeps rounding at that of a short sum whatever the
-# size of a shard. So many products are one batched call: temporary memory is R times CHUNK times BATCH elements.
+# size of a shard. Several products are one batched call, of at most PIECE elements of all rows together: the temporary
+# memory (16 MiB in fp32, or one CHUNK of every row if that is more) does not grow with slots and waves.
 CHUNK = 32768
-BATCH = 16
+PIECE = 2**22
 
 Rows = Sequence[torch.Tensor]  # W tensors [D, N] of one bucket
 
@@ -113,7 +114,7 @@ def local_gramian(rows: Sequence[Rows], blocks: BlockMap, plan: RowPlan) -> torc
     with _full_precision():
         for segment in blocks.segments:
             if segment.counted:
-                for start, end in _pieces(segment):
+                for start, end in _pieces(segment, plan.half_R.numel()):
                     half = _half_rows([wave[:, start:end] for wave in rows[segment.bucket]], plan)
                     gram_BHH[segment.block] += _gram(half)
     if not plan.folds:
@@ -121,10 +122,11 @@ def local_gramian(rows: Sequence[Rows], blocks: BlockMap, plan: RowPlan) -> torc
     return gram_BHH
 
 
-def _pieces(segment: Segment) -> Iterator[tuple[int, int]]:
-    """Spans of at most CHUNK * BATCH elements: what is copied to fp32 at a time."""
-    for start in range(segment.start, segment.end, CHUNK * BATCH):
-        yield start, min(start + CHUNK * BATCH, segment.end)
+def _pieces(segment: Segment, num_rows: int) -> Iterator[tuple[int, int]]:
+    """Spans of whole chunks, PIECE elements of all rows at most: what is copied to fp32 at a time."""
+    columns = max(PIECE // (num_rows * CHUNK), 1) * CHUNK
+    for start in range(segment.start, segment.end, columns):
+        yield start, min(start + columns, segment.end)
 
 
 @contextlib.contextmanager
@@ -182,7 +184,7 @@ def combine(
         combined = torch.zeros(shard.numel(), dtype=torch.float32, device=shard.device)
         for segment in segments:
             coefficients_WD = coefficients_BR[segment.block].float().split(slots)
-            for start, end in _pieces(segment):
+            for start, end in _pieces(segment, slots):
                 for wave, coefficients_D in zip(waves, coefficients_WD, strict=True):
                     combined[start:end] += coefficients_D @ wave[:, start:end].float()
         shard.copy_(combined)

@@ -70,13 +70,13 @@ def test_resuming_continues_the_stream(manifest):
 def test_over_long_samples_are_dropped_and_counted(manifest):
     """Would catch truncated answers, or samples that vanish without a word."""
     batches = _batches(manifest, seq_length=6)
-    report = {o.lang: (o.dropped, o.documents) for o in batches.over_long()}
+    report = {corpus.lang: (corpus.dropped, corpus.dropped + len(corpus)) for corpus in batches.corpora}
     lengths = {lang: manifest.corpus("train", lang).lengths for lang in ("de", "en")}
     assert report == {lang: (int((n > 7).sum()), len(n)) for lang, n in lengths.items()} and report["de"][0] > 0
     for batch in islice(batches, 30):
         ends = (batch["labels"] == PAD) & batch["loss_mask"].bool()
         assert (ends.sum(1) == 1).all(), "every sample keeps its end"
-    assert not _batches(manifest, seq_length=9).over_long()
+    assert not any(corpus.dropped for corpus in _batches(manifest, seq_length=9).corpora)
     with pytest.raises(DataError, match="no sample .* at most 3 tokens, the shortest has 4; raise --seq-length"):
         _batches(manifest, seq_length=2)
 

@@ -46,7 +46,7 @@ def test_halves_alternate_and_cover():
 def test_gramian_is_that_of_summed_rows(monkeypatch, assignment, chunk):
     """Would catch wrong folding, a wrong order of halves, and uncounted replicas counted."""
     monkeypatch.setattr(ops, "CHUNK", chunk)
-    monkeypatch.setattr(ops, "BATCH", 2)
+    monkeypatch.setattr(ops, "PIECE", 2 * chunk * 6)  # two chunks of the six rows
     plan = ops.RowPlan.from_assignment(assignment, 4)
     rows = _rows()
     gram = ops.local_gramian(rows, BLOCKS, plan)
