@@ -1,4 +1,4 @@
-"""Which rows belong to which objective, and the arithmetic on rows: fix-ups, Gramian, combination.
+"""Which rows belong to which objective, and the arithmetic on rows: fix-ups and combination (Gramian: gramian.py).
 
 A step leaves R = W * D rows, one per wave and slot. Rows of one objective are summed and divided by the objective's
 own count (tokens, or rows where Megatron already averaged). For the noise control every objective's rows are summed
@@ -10,7 +10,6 @@ Legend: B blocks, K objectives, W waves, D slots, R = W * D rows, H half rows, N
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,12 +36,21 @@ class RowPlan:
         half_R: half row of each row.
         objective_H: objective id of each half row, ascending.
         rows_K: number of rows of each objective.
+        fold_R: the rows in the order of folding: the first row of every half row, then the second of those that have
+            one, and so on; half rows with the most rows come first throughout.
+        fold_sizes: how many of ``fold_R`` are first rows, second rows, ...: [H, ...], descending.
+        place_H: where each half row comes in the order of folding; its only row where nothing folds.
+        in_place: whether that is every half row's own number.
     """
 
     objective_R: torch.Tensor
     half_R: torch.Tensor
     objective_H: torch.Tensor
     rows_K: torch.Tensor
+    fold_R: torch.Tensor
+    fold_sizes: list[int]
+    place_H: torch.Tensor
+    in_place: bool
 
     @classmethod
     def from_assignment(cls, assignment: Sequence[Sequence[int]], num_objectives: int, device=None) -> RowPlan:
@@ -54,11 +62,19 @@ class RowPlan:
             pairs.append((k, seen[k] % 2))
             seen[k] += 1
         order = sorted(set(pairs))
+        members = [[r for r, found in enumerate(pairs) if found == pair] for pair in order]
+        longest = sorted(range(len(order)), key=lambda h: -len(members[h]))
+        ranks = [[members[h][i] for h in longest if i < len(members[h])] for i in range(max(map(len, members)))]
+        place = [longest.index(h) for h in range(len(order))] if len(ranks) > 1 else [rows[0] for rows in members]
         return cls(
             torch.tensor(objective, device=device),
             torch.tensor([order.index(pair) for pair in pairs], device=device),
             torch.tensor([k for k, _ in order], device=device),
             torch.tensor(seen, device=device),
+            torch.tensor([r for rank in ranks for r in rank], device=device),
+            [len(rank) for rank in ranks],
+            torch.tensor(place, device=device),
+            place == list(range(len(place))),
         )
 
     @property
@@ -107,60 +123,11 @@ def reduce_tied_rows(rows: Sequence[Rows], tied_buckets: Sequence[int], group: d
             dist.all_reduce(wave, group=group)
 
 
-def local_gramian(rows: Sequence[Rows], blocks: BlockMap, plan: RowPlan) -> torch.Tensor:
-    """Inner products of half rows over this rank's counted elements: [B, H, H] float64, before any reduction."""
-    device = plan.half_R.device
-    gram_BHH = torch.zeros(len(blocks.names), plan.num_halves, plan.num_halves, dtype=torch.float64, device=device)
-    with _full_precision():
-        for segment in blocks.segments:
-            if segment.counted:
-                for start, end in _pieces(segment, plan.half_R.numel()):
-                    half = _half_rows([wave[:, start:end] for wave in rows[segment.bucket]], plan)
-                    gram_BHH[segment.block] += _gram(half)
-    if not plan.folds:
-        gram_BHH = gram_BHH[:, _inverse(plan.half_R)][:, :, _inverse(plan.half_R)]
-    return gram_BHH
-
-
 def _pieces(segment: Segment, num_rows: int) -> Iterator[tuple[int, int]]:
     """Spans of whole chunks, PIECE elements of all rows at most: what is copied to fp32 at a time."""
     columns = max(PIECE // (num_rows * CHUNK), 1) * CHUNK
     for start in range(segment.start, segment.end, columns):
         yield start, min(start + columns, segment.end)
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32, which some containers switch on for all products: its error turns the sign of small cosines."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _gram(half: torch.Tensor) -> torch.Tensor:
-    """[H, n] float32 -> [H, H] float64."""
-    whole = half.shape[1] // CHUNK * CHUNK
-    rest = half[:, whole:]
-    gram = (rest @ rest.T).double()
-    if whole:
-        chunks = half[:, :whole].unflatten(1, (-1, CHUNK)).transpose(0, 1)
-        gram += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
-    return gram
-
-
-def _half_rows(waves: Rows, plan: RowPlan) -> torch.Tensor:
-    """[H, n] float32; in row order, not half order, where every half row is one row (saves a copy)."""
-    rows = (waves[0] if len(waves) == 1 else torch.cat(list(waves))).float()
-    if not plan.folds:
-        return rows
-    return rows.new_zeros(plan.num_halves, rows.shape[1]).index_add_(0, plan.half_R, rows)
-
-
-def _inverse(permutation: torch.Tensor) -> torch.Tensor:
-    return torch.argsort(permutation)
 
 
 def combine(

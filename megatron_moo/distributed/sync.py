@@ -23,11 +23,11 @@ from megatron_moo.distributed import upstream
 from megatron_moo.distributed.blocks import ModelRank, build_block_map
 from megatron_moo.distributed.config import MooConfig
 from megatron_moo.distributed.exchange import Exchange, ExchangeBucketGroup
+from megatron_moo.distributed.gramian import ShardGramian
 from megatron_moo.distributed.record import StepRecord
 from megatron_moo.distributed.rows import (
     RowPlan,
     combine,
-    local_gramian,
     reduce_partial_rows,
     reduce_tied_rows,
 )
@@ -109,9 +109,10 @@ class BucketLevelMoo:
         self._state_before: tuple[int, dict[str, torch.Tensor]] | None = None
         params = self._replace_groups(chunks)
         traits = {param: trait for chunk in chunks for param, trait in upstream.parameter_traits(chunk).items()}
+        shard_sizes = [group.shard(group.buckets[i]).numel() for group, i in self._buckets]
         self._block_map = build_block_map(
             params,
-            [group.shard(group.buckets[i]).numel() for group, i in self._buckets],
+            shard_sizes,
             traits,
             config.granularity,
             config.scope,
@@ -119,6 +120,7 @@ class BucketLevelMoo:
         )
         self.blocks = self._block_map.names
         self._device = self._buckets[0][0].buckets[0].grad_data.device
+        self._local_gramian = ShardGramian(self._block_map, shard_sizes, self._device)
         for group in {id(group): group for group, _ in self._buckets}.values():
             group.reserve()
 
@@ -219,7 +221,7 @@ class BucketLevelMoo:
         reduce_partial_rows(rows, self._block_map.partial, self._tp_group)
         reduce_tied_rows(rows, self._block_map.tied_buckets, embedding_group)
 
-        gram_BHH = self._reduce_gramian(local_gramian(rows, self._block_map, plan))
+        gram_BHH = self._reduce_gramian(self._local_gramian(rows, plan))
         count_K = self._counts(plan)
         scale_K = torch.where(count_K > 0, 1.0 / count_K.clamp(min=1), 0.0)
         fold_KH = torch.nn.functional.one_hot(plan.objective_H, len(scale_K)).T.double() * scale_K[:, None]
