@@ -46,6 +46,7 @@ from rich.table import Table
 from megatron_moo.aggregation import AGGREGATORS
 
 GRANULARITIES = ("bucket", "layer", "model")
+METHODS = [name for name, method in AGGREGATORS.items() if not method.needs_losses]
 
 
 def variants(method: str) -> list[Variant]:
@@ -140,7 +141,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dp", nargs="+", default=[2, 4], help="numbers of ranks, on the CPU (default: 2 4)")
     add("--waves", nargs="+", default=[1, 2], help="forward/backward passes a step (default: 1 2)")
     parser.add_argument(
-        "--method", choices=list(AGGREGATORS), default="cagrad", help="measured beside the mean (default: %(default)s)"
+        "--method", choices=METHODS, default="cagrad", help="measured beside the mean (default: %(default)s)"
     )
     add("--hidden", default=256, help="hidden size (default: %(default)s)")
     add("--layers", default=4, help="transformer layers (default: %(default)s)")

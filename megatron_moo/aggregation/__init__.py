@@ -22,68 +22,82 @@ draw random orders. The rules common to all methods (masks, scale, numbers, rand
 - ``pcgrad``: :class:`PCGrad`, projection of conflicting parts
 - ``cagrad``: :class:`CAGrad`, best worst case within a ball around the mean
 - ``gradvac``: :class:`GradVac`, projection towards learned cosine targets; stateful
+- ``upgrad``: :class:`UPGrad`, mean of projections on the cone that hurts nobody
+- ``dualproj``: :class:`DualProj`, projection of the mean on that cone
+- ``nash-mtl``: :class:`NashMTL`, the bargaining solution; ``fairgrad``: :class:`FairGrad`, alpha-fairness
+- ``imtl-g``: :class:`IMTLG`, ``config``: :class:`ConFIG`, equal cosines with every row
+- ``aligned-mtl``: :class:`AlignedMTL`, rows made orthogonal first
+- ``random``: :class:`RandomWeights`; ``famo``: :class:`FAMO`, ``dwa``: :class:`DWA`, from losses: baselines
 
-The solvers can be used by themselves: :func:`solve_simplex_qp`, :func:`solve_simplex_norm`.
+What goes around a method (:data:`WRAPPERS`): :class:`NoiseAware`, :class:`Capped`, :class:`Smoothed`,
+:class:`Rescaled`, :class:`EveryNth`. A method of one's own subclasses :class:`Aggregator`; see
+:func:`find_aggregator`.
+
+The solvers can be used by themselves: :func:`solve_simplex_qp`, :func:`solve_simplex_norm`, :func:`solve_bounded_qp`.
 """
 
 from __future__ import annotations
 
+from .aligned import AlignedMTL
 from .base import Aggregator, Option, Problem
+from .bounded import BoundedSolution, solve_bounded_qp
 from .cagrad import CAGrad
+from .dualproj import DualProj
+from .dwa import DWA
+from .fairgrad import FairGrad, NashMTL
+from .famo import FAMO
 from .gradvac import GradVac
+from .imtl import IMTLG, ConFIG
 from .interior import Solution
 from .mean import Mean
 from .mgda import MGDA
+from .noise import RowNoise, fold_rows
+from .noise_aware import NoiseAware
 from .pcgrad import PCGrad
+from .random_weights import RandomWeights
+from .registry import AGGREGATORS, ENTRY_POINTS, WRAPPERS, aggregator_options, build_aggregator, find_aggregator
 from .simplex import solve_simplex_qp
 from .simplex_norm import solve_simplex_norm
-
-AGGREGATORS: dict[str, type[Aggregator]] = {
-    "mean": Mean,
-    "mgda": MGDA,
-    "pcgrad": PCGrad,
-    "cagrad": CAGrad,
-    "gradvac": GradVac,
-}
-
-
-def build_aggregator(name: str, **options: float | str) -> Aggregator:
-    """The method ``name`` with its options.
-
-    Raises:
-        ValueError: for a name or option that does not exist, or a value that breaks the option's rule.
-    """
-    return _method(name)(**options)
-
-
-def aggregator_options(name: str) -> dict[str, Option]:
-    """The options of method ``name``, each with its default and help.
-
-    Raises:
-        ValueError: for a name that does not exist.
-    """
-    return dict(_method(name).options)
-
-
-def _method(name: str) -> type[Aggregator]:
-    if name not in AGGREGATORS:
-        raise ValueError(f"unknown aggregator {name!r}; known: {', '.join(AGGREGATORS)}")
-    return AGGREGATORS[name]
-
+from .upgrad import UPGrad
+from .wrapper import Wrapper
+from .wrappers import Capped, EveryNth, Rescaled, Smoothed
 
 __all__ = [
     "AGGREGATORS",
     "Aggregator",
+    "AlignedMTL",
+    "BoundedSolution",
     "CAGrad",
+    "Capped",
+    "ConFIG",
+    "DWA",
+    "DualProj",
+    "ENTRY_POINTS",
+    "EveryNth",
+    "FAMO",
+    "FairGrad",
     "GradVac",
+    "IMTLG",
     "MGDA",
     "Mean",
+    "NashMTL",
+    "NoiseAware",
     "Option",
     "PCGrad",
     "Problem",
+    "RandomWeights",
+    "Rescaled",
+    "RowNoise",
+    "Smoothed",
     "Solution",
+    "UPGrad",
+    "WRAPPERS",
+    "Wrapper",
     "aggregator_options",
     "build_aggregator",
+    "find_aggregator",
+    "fold_rows",
+    "solve_bounded_qp",
     "solve_simplex_norm",
     "solve_simplex_qp",
 ]

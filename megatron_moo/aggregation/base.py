@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import interior
+from .noise import RowNoise
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -80,6 +81,9 @@ class Problem:
             active).
         mass_B1: the active preference, summed: ``preference_BK = mass_B1 * share_BK``.
         generator: source of random choices, see :class:`Aggregator`.
+        losses_BK: losses of the objectives, 1 for inactive ones; None if the caller gave none.
+        noise: what several rows of one objective tell of noise, in the units of ``gram_BKK``; None if the
+            caller gave none.
     """
 
     gram_BKK: Tensor
@@ -88,6 +92,8 @@ class Problem:
     share_BK: Tensor
     mass_B1: Tensor
     generator: Generators
+    losses_BK: Tensor | None = None
+    noise: RowNoise | None = None
 
     @property
     def norm_BK(self) -> Tensor:
@@ -107,24 +113,34 @@ class Aggregator(ABC):
       the block's longest. Others get weight 0 and change nothing; a block without active objectives gets
       zeros. A block that one objective touches keeps the mean's ``u_k g_k``.
     - *Scale.* Weights do not change when all gradients are multiplied by a number. They are *mean-like*:
-      equal rows give the preference back.
+      where all rows are equal, the combined gradient is the mean's.
     - *Numbers.* Solved in float64 on the Gramian's device, batched over blocks, without waiting for the
-      device. Masked rows of the Gramian may hold anything, NaN too; unmasked ones must be finite.
+      device. Masked rows of the Gramian may hold anything, NaN too. An unmasked row that is not finite is
+      masked, and reported in ``nonfinite_BK``.
     - *Randomness.* Only from ``generator``: CPU generators, one for all blocks or one per block. With one per
       block a block's draw does not depend on which other blocks share the call. ``None`` means a fixed order
       (:func:`megatron_moo.aggregation.order.visit_order`), never the global random state.
 
     Attributes:
         options: the method's options by name.
+        state_keys: names of what the method keeps between calls: tensors with the blocks as their leading axis, in
+            ``_state``.
         stateful: whether weights depend on earlier calls.
         random: whether ``generator`` is used.
+        needs_losses: whether ``losses_K`` must be given.
+        uses_noise: whether ``noise`` is looked at.
+        nonfinite_BK: objectives left out of the last call because their row was not finite [B, K] (left on the
+            device); None before the first call.
         kkt_residual_B: for methods that solve a program, the relative optimality gap of each block at the
             last call (left on the device); None for others.
     """
 
     options: ClassVar[dict[str, Option]] = {}
-    stateful: ClassVar[bool] = False
-    random: ClassVar[bool] = False
+    state_keys: tuple[str, ...] = ()
+    stateful: bool = False
+    random: bool = False
+    needs_losses: bool = False
+    uses_noise: bool = False
 
     def __init__(self, **options: float | str) -> None:
         """Take the options, by name; those not given have their defaults.
@@ -141,7 +157,9 @@ class Aggregator(ABC):
             name: option.check(f"{label} option {name!r}", options.get(name, option.default))
             for name, option in self.options.items()
         }
+        self._state: dict[str, Tensor] = {}
         self.kkt_residual_B: Tensor | None = None
+        self.nonfinite_BK: Tensor | None = None
 
     @torch.no_grad()
     def __call__(
@@ -150,6 +168,9 @@ class Aggregator(ABC):
         active_BK: Tensor | None = None,
         preference_K: Tensor | None = None,
         generator: Generators = None,
+        *,
+        losses_K: Tensor | None = None,
+        noise: RowNoise | None = None,
     ) -> Tensor:
         """Weights [B, K] in float64 on the Gramian's device.
 
@@ -158,46 +179,81 @@ class Aggregator(ABC):
             active_BK: boolean mask of the objectives that take part [B, K]; default: all.
             preference_K: non-negative preference [K] or [B, K]; default: 1/K each.
             generator: a CPU ``torch.Generator``, or a sequence of B of them, or None.
+            losses_K: the objectives' losses, mean over their tokens, [K] or [B, K]; for methods that use them.
+            noise: what :func:`~megatron_moo.aggregation.fold_rows` found beside the Gramian, for
+                :class:`~megatron_moo.aggregation.NoiseAware`.
 
         Raises:
-            ValueError: for shapes, a dtype or a generator that do not fit, and for a negative preference on
-                the CPU.
+            ValueError: for shapes, a dtype or a generator that do not fit, for missing losses, and for a
+                negative preference on the CPU.
         """
         active, preference = _check_inputs(gram_BKK, active_BK, preference_K)
         _check_generator(generator, len(gram_BKK))
-        return self._weights(self._problem(gram_BKK, active, preference, generator))
+        if self.needs_losses and losses_K is None:
+            raise ValueError(f"{self!r} works with losses: give losses_K")
+        losses = None if losses_K is None else _per_block(losses_K, "losses_K", gram_BKK)
+        return self._weights(self._problem(gram_BKK, active, preference, generator, losses, noise))
 
     @abstractmethod
     def _weights(self, problem: Problem) -> Tensor:
         """Weights [B, K] with the active preference as their scale."""
 
-    def _problem(self, gram_BKK: Tensor, active_BK: Tensor, preference_BK: Tensor, generator: Generators) -> Problem:
-        pair_BKK = active_BK[:, :, None] & active_BK[:, None, :]
+    def _problem(
+        self,
+        gram_BKK: Tensor,
+        active_BK: Tensor,
+        preference_BK: Tensor,
+        generator: Generators,
+        losses_BK: Tensor | None,
+        noise: RowNoise | None,
+    ) -> Problem:
+        finite = _finite_rows(gram_BKK, active_BK)
+        self.nonfinite_BK = active_BK & ~finite
+        active_BK = active_BK & finite
         # where, not a product: a masked row may be NaN.
-        gram = torch.where(pair_BKK, gram_BKK.double(), 0.0)
+        gram = torch.where(_pairs(active_BK), gram_BKK.double(), 0.0)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         longest = diagonal.amax(1, keepdim=True)
         active = active_BK & (diagonal > _ZERO_ROW**2 * longest)
-        scale = torch.where(longest > 0, longest, 1.0)
-        pair_BKK = active[:, :, None] & active[:, None, :]
-        gram = torch.where(pair_BKK, (gram + gram.mT) / (2 * scale[:, :, None]), 0.0)
+        scale = torch.where(longest > 0, longest, 1.0)[:, :, None]
+        gram = torch.where(_pairs(active), (gram + gram.mT) / (2 * scale), 0.0)
         preference = torch.where(active, preference_BK, 0.0)
         mass = preference.sum(1, keepdim=True)
         share = preference / torch.where(mass > 0, mass, 1.0)
-        return Problem(gram, active, preference, share, mass, generator)
+        if losses_BK is not None:
+            losses_BK = torch.where(active, losses_BK, 1.0)
+        if noise is not None:
+            noise = noise.divided_by(scale)
+        return Problem(gram, active, preference, share, mass, generator, losses_BK, noise)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State, every tensor with the blocks as its leading axis; empty if there is none."""
-        return {}
+        """State, every tensor with the blocks as its leading axis; empty if there is none yet."""
+        return {key: value.clone() for key, value in self._state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up what :meth:`state_dict` gave; an empty dictionary is a fresh start.
 
         Raises:
-            ValueError: for entries that the method does not have.
+            ValueError: for entries that the method does not keep.
         """
-        if state:
-            raise ValueError(f"{type(self).__name__} has no state, found {', '.join(sorted(state))}")
+        if set(state) - set(self.state_keys):
+            kept = ", ".join(self.state_keys)
+            raise ValueError(
+                f"{type(self).__name__} "
+                + (f"keeps {kept}" if kept else "has no state")
+                + f", found {', '.join(state)}"
+            )
+        self._state = {key: value.detach().clone() for key, value in state.items()}
+
+    def _check_state(self, problem: Problem) -> None:
+        """Raise a ValueError if the state is for other blocks or objectives than the problem's."""
+        blocks, objectives = problem.active_BK.shape
+        for key, value in self._state.items():
+            if value.shape[0] != blocks or value.shape[-1] not in (objectives, 1):  # 1: one number per block
+                raise ValueError(
+                    f"{type(self).__name__}'s {key} is for {list(value.shape)}, found {blocks} blocks of {objectives} "
+                    "objectives; call reset() when they change"
+                )
 
     def reset(self) -> None:
         """Forget all state."""
@@ -222,13 +278,32 @@ def _check_inputs(gram_BKK: Tensor, active_BK: Tensor | None, preference: Tensor
         )
     if preference is None:
         preference = torch.full(shape, 1 / shape[1], dtype=torch.float64, device=gram_BKK.device)
-    if preference.shape not in (shape, shape[1:]):
-        raise ValueError(f"preference_K must have shape [{shape[1]}] or {list(shape)}, found {list(preference.shape)}")
     if interior.may_look(preference) and bool((preference < 0).any()):
         raise ValueError(f"preference_K must not be negative, found {preference.min().item():g}")
-    preference = preference.to(gram_BKK.device, torch.float64).expand(shape)
+    preference = _per_block(preference, "preference_K", gram_BKK)
     active_BK = active_BK.to(gram_BKK.device) & (preference > 0)
     return active_BK, torch.where(active_BK, preference, 0.0)
+
+
+def _per_block(values: Tensor, label: str, gram_BKK: Tensor) -> Tensor:
+    """Values given as [K] or [B, K], as [B, K] in float64 on the Gramian's device."""
+    shape = gram_BKK.shape[:2]
+    if values.shape not in (shape, shape[1:]):
+        raise ValueError(f"{label} must have shape [{shape[1]}] or {list(shape)}, found {list(values.shape)}")
+    return values.to(gram_BKK.device, torch.float64).expand(shape)
+
+
+def _pairs(active_BK: Tensor) -> Tensor:
+    """Pairs of active objectives [B, K, K]."""
+    return active_BK[:, :, None] & active_BK[:, None, :]
+
+
+def _finite_rows(gram_BKK: Tensor, active_BK: Tensor) -> Tensor:
+    """Which rows are finite [B, K]. One that is not spoils its own square; its products are not held against others."""
+    finite = gram_BKK.isfinite() & gram_BKK.mT.isfinite()
+    whole = finite.diagonal(dim1=1, dim2=2)
+    # Sums in low precision may overflow off the diagonal alone; then both rows are suspect.
+    return whole & (finite | ~_pairs(active_BK & whole)).all(2)
 
 
 def _check_generator(generator: Generators, blocks: int) -> None:

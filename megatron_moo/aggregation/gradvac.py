@@ -39,51 +39,18 @@ class GradVac(Aggregator):
         "beta": Option(0.01, "step of the running mean that the cosine targets follow", low=0.0, high=1.0),
         "target": Option(0.0, "cosine target of every pair at the start", low=-0.999, high=0.999),
     }
-    stateful: ClassVar[bool] = True
-    random: ClassVar[bool] = True
-
-    def __init__(self, **options: float | str) -> None:
-        super().__init__(**options)
-        self._target_BKK: Tensor | None = None
+    state_keys = ("target_BKK",)
+    stateful = True
+    random = True
 
     def _weights(self, problem: Problem) -> Tensor:
+        self._check_state(problem)
         gram = problem.gram_BKK
-        target = self._target_BKK
-        if target is None:
-            target = torch.full_like(gram, self.settings["target"])
-        elif target.shape != gram.shape:
-            raise ValueError(
-                f"the cosine targets are for [B, K, K] = {list(target.shape)}, found a Gramian of {list(gram.shape)}; "
-                "call reset() when blocks or objectives change"
-            )
+        target = self._state.get("target_BKK", torch.full_like(gram, self.settings["target"]))
         order = visit_order(*gram.shape[:2], problem.generator, gram.device)
-        coefficients, self._target_BKK = vaccinate(
-            gram, problem.active_BK, order, target.to(gram.device), self.settings["beta"]
-        )
+        coefficients, target = vaccinate(gram, problem.active_BK, order, target.to(gram), self.settings["beta"])
+        self._state = {"target_BKK": target}
         return (problem.preference_BK[:, None, :] @ coefficients).squeeze(1)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """``{"target_BKK": [B, K, K]}``, or empty before the first call."""
-        return {} if self._target_BKK is None else {"target_BKK": self._target_BKK.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the targets of an earlier run; an empty dictionary is a fresh start.
-
-        Raises:
-            ValueError: for other entries, or targets that are not [B, K, K].
-        """
-        if not state:
-            return self.reset()
-        if set(state) != {"target_BKK"}:
-            raise ValueError(f"GradVac's state is target_BKK alone, found {', '.join(sorted(state))}")
-        target = state["target_BKK"]
-        if target.dim() != 3 or target.shape[1] != target.shape[2]:
-            raise ValueError(f"GradVac's target_BKK must have shape [B, K, K], found {list(target.shape)}")
-        self._target_BKK = target.detach().double().clone()
-
-    def reset(self) -> None:
-        """Forget the targets; the next call starts from the ``target`` option."""
-        self._target_BKK = None
 
 
 def vaccinate(

@@ -5,7 +5,8 @@ Vectors are [B, K], scalars per block [B, 1]. Nothing here waits for the device;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 _SHIFTS = (0.0, 1e-13, 1e-11, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Relative to a uniform centre.
 _SMALLEST_CENTRE = 0.1
+# Done blocks are dropped once no more than this part of the blocks is left: dropping costs a copy of the others.
+_WORTH_KEEPING = 0.75
 # Up to here the matrix is semidefinite as far as float64 can tell.
 ROUNDING_SHIFT = 1e-13
 
@@ -43,6 +46,8 @@ class Solution:
 class Best:
     """The best feasible point of each block so far, and which blocks are done.
 
+    After :meth:`shrink` the attributes are those of the blocks still worked on; :meth:`result` has all.
+
     Attributes:
         w_BK: the points.
         gap: their certified gaps [B, 1].
@@ -53,10 +58,15 @@ class Best:
         self.w_BK = start_BK
         self.gap = torch.full_like(start_BK[:, :1], torch.inf)
         self.done = torch.zeros_like(self.gap, dtype=torch.bool)
+        self._all: tuple[Tensor, Tensor] | None = None  # points and gaps of all blocks, once there are fewer here
+        self._blocks: Tensor | None = None  # which of them are here
 
     def offer(self, w_BK: Tensor, gap: Tensor, enough: Tensor) -> None:
-        """Take the points whose gap is the smallest yet; those with ``gap <= enough`` are done."""
-        better = gap < self.gap
+        """Take the points whose gap is the smallest yet; those with ``gap <= enough`` are done, and stay.
+
+        A gap that is NaN is no offer: an iterate that broke down leaves the best one alone.
+        """
+        better = (gap < self.gap) & ~self.done
         self.w_BK, self.gap = torch.where(better, w_BK, self.w_BK), torch.where(better, gap, self.gap)
         self.done = self.done | (gap <= enough)
 
@@ -64,10 +74,46 @@ class Best:
         """Whether to stop early; False wherever asking would make the host wait."""
         return may_look(self.gap) and bool(self.done.all())
 
+    def shrink(self) -> Tensor | None:
+        """Indices of the blocks worth keeping, once a part of them is done; None while all stay.
+
+        Done blocks keep their points whatever is offered for them, so dropping them changes nothing. Where
+        looking would make the host wait, nothing is dropped.
+        """
+        if not may_look(self.gap):
+            return None
+        keep = (~self.done[:, 0]).nonzero()[:, 0]
+        if len(keep) == 1:  # a done one with it: matrix products of a single block may be rounded otherwise
+            keep = torch.cat([keep, (keep + 1) % len(self.done)])
+        if len(keep) > _WORTH_KEEPING * len(self.done):
+            return None
+        self._store()
+        self._blocks = keep if self._blocks is None else self._blocks[keep]
+        self.w_BK, self.gap, self.done = self.w_BK[keep], self.gap[keep], self.done[keep]
+        return keep
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Points and gaps of all blocks."""
+        self._store()
+        return self._all
+
+    def _store(self) -> None:
+        if self._blocks is None:
+            self._all = self.w_BK.clone(), self.gap.clone()
+        else:
+            self._all[0][self._blocks], self._all[1][self._blocks] = self.w_BK, self.gap
+
+
+def take(state: Any, blocks: Tensor) -> Any:
+    """Some blocks of a dataclass of tensors, or of such dataclasses, or None; the block is the leading axis."""
+    if state is None or isinstance(state, Tensor):
+        return None if state is None else state.index_select(0, blocks)
+    return replace(state, **{field.name: take(getattr(state, field.name), blocks) for field in fields(state)})
+
 
 def matvec(matrix_BKK: Tensor, x_BK: Tensor) -> Tensor:
     """Product per block [B, K]."""
-    return (matrix_BKK @ x_BK[..., None]).squeeze(-1)
+    return torch.bmm(matrix_BKK, x_BK.unsqueeze(2)).squeeze(2)
 
 
 def dot(x_BK: Tensor, y_BK: Tensor) -> Tensor:

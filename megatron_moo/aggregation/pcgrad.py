@@ -6,8 +6,6 @@ Shapes: B blocks, K objectives.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -27,7 +25,7 @@ class PCGrad(Aggregator):
     scale: the paper sums over objectives, here the preference weighs them.
     """
 
-    random: ClassVar[bool] = True
+    random = True
 
     def _weights(self, problem: Problem) -> Tensor:
         gram = problem.gram_BKK

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .interior import Best, Solution, dot, greatest, least, matvec, norm, room, tame
+from .interior import Best, Solution, greatest, least, matvec, take, tame
 
-# Stated bound. Typical: 10-20; worst seen over the tests' families, K up to 64: 47, and the bound itself (at a residual
-# below 2e-11) where the mean is zero to rounding.
+# Stated bound. Typical: 10-20; worst seen over the tests' families, K up to 128: 45, and the bound itself (at a
+# residual below 4e-12) where the mean is zero to rounding.
 MAX_ITERATIONS = 60
 _RELATIVE = 1e-12  # of the sum of the terms: a gap below it is optimal
 _ROUNDING = 1e-13  # of r sum_k w_k |R_k|: a gap below it is about rounding
@@ -34,27 +34,31 @@ _TINY = 1e-300
 @dataclass
 class _Program:
     root: Tensor  # R [B, K, K]
-    gram: Tensor  # R'R
+    pulled: Tensor  # R', laid out in memory as such
+    newton: Tensor  # R'R with the damping, and the identity where inactive
+    norms: Tensor  # |R_k|
     b: Tensor
     r: Tensor
-    active: Tensor
     ones: Tensor  # active, as numbers
+    dummies: Tensor  # inactive, as numbers
+    absent: Tensor  # 0, infinite where inactive
     centre: Tensor
     degree: Tensor  # active objectives + 1
-
-    def transposed(self, y_BK: Tensor) -> Tensor:
-        return matvec(self.root.mT, y_BK)
 
 
 @dataclass
 class _Point:
-    """An iterate, or a step between two."""
+    """An iterate. An inactive objective has w = 1, z = 0 and zeros in all data: it adds nothing and never moves.
+
+    The cone's pair lies together, so that both get the same operations at once: ``head`` [B, 2, 1] is (s, r) and
+    ``tail`` [B, 2, K] is (y, e).
+    """
 
     w: Tensor
-    s: Tensor
-    y: Tensor
     z: Tensor
-    e: Tensor
+    head: Tensor
+    tail: Tensor
+    back: Tensor  # R'e
     lam: Tensor
 
 
@@ -82,186 +86,211 @@ def solve_simplex_norm(
         ``kkt_residual_B`` is the gap relative to ``|b|'w + r sum_k w_k |R_k|``, with R_k the columns of R.
         Blocks without active objectives get zeros.
     """
-    program = _Program(
-        root=root_BKK,
-        gram=root_BKK.mT @ root_BKK + torch.diag_embed((~active_BK).double()),
-        b=torch.where(active_BK, linear_BK, 0.0),
-        r=radius_B1.clamp(min=_TINY),
-        active=active_BK,
-        ones=active_BK.double(),
-        centre=tame(centre_BK, active_BK),
-        degree=active_BK.sum(1, keepdim=True) + 1.0,
-    )
+    active = active_BK
     norms = torch.linalg.vector_norm(root_BKK, dim=1)
+    centre = tame(centre_BK, active)
+    pulled = root_BKK.mT.contiguous()
+    damping = torch.where(active, _DAMPING * norms**2 / torch.where(active, centre, 1.0), 1.0)
+    program = whole = _Program(
+        root=root_BKK.contiguous(),
+        pulled=pulled,
+        newton=pulled @ root_BKK + torch.diag_embed(damping),
+        norms=norms,
+        b=torch.where(active, linear_BK, 0.0),
+        r=radius_B1.clamp(min=_TINY),
+        ones=active.double(),
+        dummies=(~active).double(),
+        absent=torch.where(active, 0.0, torch.inf),
+        centre=centre,
+        degree=active.sum(1, keepdim=True) + 1.0,
+    )
     best = Best(centre_BK)
-
-    def judge(w: Tensor, y: Tensor, e: Tensor) -> None:
-        curved = program.r * norm(y)
-        bound = least(program.b - program.transposed(e), active_BK)
-        tight = dot(program.b.abs(), w) + curved
-        enough = (_RELATIVE * tight).maximum(_ROUNDING * program.r * dot(norms, w))
-        best.offer(w, (dot(program.b, w) + curved - bound).clamp(min=0), enough)
-
     y = matvec(root_BKK, centre_BK)
-    judge(centre_BK, y, -program.r * y / norm(y).clamp(min=_TINY))
-    now = _start(program)
+    _judge(program, best, centre_BK, y, matvec(pulled, -program.r * y / _norm(y).clamp(min=_TINY)))
+    now = _start(program, active)
     for _ in range(max_iterations):
         if best.all_done():
             break
-        now = _advance(program, now, best.done)
-        judge(now.w, now.y, now.e)
-    return _finish(program, best, norms)
+        keep = best.shrink()
+        if keep is not None:
+            program, now = take(program, keep), take(now, keep)
+        now = _advance(program, now)
+        _judge(program, best, now.w, now.tail[:, 0], now.back)
+    return _finish(whole, active, *best.result())
 
 
-def _finish(program: _Program, best: Best, norms: Tensor) -> Solution:
-    present = program.active.any(1, keepdim=True)
-    w = torch.where(program.active, best.w_BK, 0.0)
-    gap = torch.where(present, best.gap, 0.0)
-    value = dot(program.b, w) + program.r * norm(matvec(program.root, w))
-    size = dot(program.b.abs(), w) + program.r * dot(norms, w)
+def _judge(program: _Program, best: Best, w: Tensor, y: Tensor, back: Tensor) -> None:
+    """Offer points with ``y = Rw``, and what ``back = R'e`` proves of them."""
+    curved = program.r * _norm(y)
+    bound = (program.b - back + program.absent).amin(1, keepdim=True)
+    tight = _dot(program.b.abs(), w) + curved
+    enough = (_RELATIVE * tight).maximum(_ROUNDING * program.r * _dot(program.norms, w))
+    best.offer(w, (_dot(program.b, w) + curved - bound).clamp(min=0), enough)
+
+
+def _finish(program: _Program, active: Tensor, w: Tensor, gap: Tensor) -> Solution:
+    present = active.any(1, keepdim=True)
+    w = torch.where(active, w, 0.0)
+    total = w.sum(1, keepdim=True)
+    w = w / torch.where(total > 0, total, 1.0)
+    gap = torch.where(present, gap, 0.0)
+    value = _dot(program.b, w) + program.r * _norm(matvec(program.root, w))
+    size = _dot(program.b.abs(), w) + program.r * _dot(program.norms, w)
     residual = gap / torch.where(size > 0, size, 1.0)
     return Solution(w, *(column.squeeze(1) for column in (value, gap, residual, torch.zeros_like(gap))))
 
 
-def _start(program: _Program) -> _Point:
+def _start(program: _Program, active: Tensor) -> _Point:
     """Strictly feasible: at the centre, the cone's pair half way in, z within a factor 2 of constant."""
     y = matvec(program.root, program.centre)
-    length = norm(y).clamp(min=_TINY)
+    length = _norm(y).clamp(min=_TINY)
     e = -0.5 * program.r * y / length
-    slope = program.b - program.transposed(e)
-    low, high = least(slope, program.active), greatest(slope, program.active)
+    back = matvec(program.pulled, e)
+    slope = program.b - back
+    low, high = least(slope, active), greatest(slope, active)
     spread = (high - low).maximum(0.1 * high.abs().maximum(low.abs()))
-    lam = torch.where(program.active.any(1, keepdim=True), low - spread, 0.0)
-    z = torch.where(program.active, slope - lam, 1.0)
-    return _Point(program.centre, 1.5 * length, y, z, e, lam)
+    lam = torch.where(active.any(1, keepdim=True), low - spread, 0.0)
+    head, tail = torch.stack([1.5 * length, program.r], 1), torch.stack([y, e], 1)
+    return _Point(torch.where(active, program.centre, 1.0), program.ones * (slope - lam), head, tail, back, lam)
 
 
-def _advance(program: _Program, now: _Point, done: Tensor) -> _Point:
-    """One predictor-corrector step; finished blocks stay."""
-    newton = _Newton(program, now)
-    scaling, ones = newton.scaling, program.ones
-    affine = newton.direction(-ones * now.z, -program.r, -now.e)
-    alpha = _joint_step(program, now, affine).clamp(max=1)
-    mu = _complementarity(program, now) / program.degree
-    ahead = _complementarity(program, _moved(now, affine, alpha)) / program.degree
-    sigma = (ahead / mu).clamp(0, 1) ** 3
+def _advance(program: _Program, now: _Point) -> _Point:
+    """One predictor-corrector step. A block that is done, or breaks down, may turn to NaN: see Best."""
+    inside = _lorentz(now.head, now.tail).clamp(min=_TINY)
+    newton = _Newton(program, now, inside)
+    # The predictor, towards zero complementarity: its right-hand side does not depend on z and e.
+    bend = newton.bend * program.r
+    # lam is taken out of the right-hand sides: left to the multiplier of sum(dw) it would cost their last digits.
+    level = program.ones * now.lam - program.b
+    half_ones, half = newton.halves(
+        torch.stack([program.ones, newton.eta_squared * (level - bend * newton.bent)], 2)
+    ).unbind(2)
+    dw, shift, turn, _ = newton.direction(half, half_ones, -program.r, -now.tail[:, 1] - bend * newton.v)
+    t = dw / now.w  # then dz = -z (1 + t)
+    cone = _cone_room(now.head, now.tail, shift, turn, inside)
+    alpha = torch.maximum(-t, 1.0 + t).amax(1, keepdim=True).clamp(min=1.0).reciprocal().minimum(cone)
+    products = now.w * now.z
+    mu = (products.sum(1, keepdim=True) + _pair(now.head, now.tail)) / program.degree
+    ahead = products * (1.0 + alpha * t) * (1.0 - alpha * (1.0 + t))
+    head, tail = now.head + alpha[..., None] * shift, now.tail + alpha[..., None] * turn
+    ahead = (ahead.sum(1, keepdim=True) + _pair(head, tail)) / program.degree
+    sigma = (ahead / mu).clamp(0.0, 1.0) ** 3
     # Second-order terms, in the scaled space for the cone.
-    weight = program.centre * (program.degree - 1)
-    push = ones * (-now.z + (sigma * mu * weight - affine.w * affine.z) / newton.w)
-    p0, p1 = scaling.apply(affine.s, affine.y, inverse=True)
-    q0, q1 = scaling.apply(torch.zeros_like(program.r), affine.e)
-    m0, m1 = scaling.apply(program.r, now.e)
-    target0 = sigma * mu - m0 * m0 - dot(m1, m1) - p0 * q0 - dot(p1, q1)
-    target1 = -2 * m0 * m1 - p0 * q1 - q0 * p1
-    d0 = (m0 * target0 - dot(m1, target1)) / _lorentz(m0, m1).clamp(min=_TINY)
-    d1 = (target1 - m1 * d0) / m0
-    step = newton.direction(push, *scaling.apply(d0, d1, inverse=True))
-    alpha = (_TO_BOUNDARY * _joint_step(program, now, step)).clamp(max=1)
-    sound = ~done & newton.sound & (step.w.isfinite() & step.e.isfinite()).all(1, keepdim=True)
-    new = _moved(now, step, alpha)
-    w = new.w / new.w.sum(1, keepdim=True)
-    y = matvec(program.root, w)  # afresh: what the steps sum up to drifts
-    pairs = ((w, now.w), (new.s, now.s), (y, now.y), (new.z, now.z), (new.e, now.e), (new.lam, now.lam))
-    return _Point(*(torch.where(sound, after, before) for after, before in pairs))
-
-
-class _Scaling:
-    """Nesterov-Todd scaling W of the cone's pair: ``W (r, e) = W^-1 (s, y)``."""
-
-    def __init__(self, r: Tensor, now: _Point) -> None:
-        primal = _lorentz(now.s, now.y).clamp(min=_TINY).sqrt()
-        dual = _lorentz(r, now.e).clamp(min=_TINY).sqrt()
-        x1, e1 = now.y / primal, now.e / dual
-        gamma = ((1 + now.s / primal * (r / dual) + dot(x1, e1)) / 2).sqrt()
-        self.v = (x1 - e1) / (2 * gamma)
-        self.a = (1 + dot(self.v, self.v)).sqrt()
-        self.eta_squared = primal / dual
-
-    def apply(self, p0: Tensor, p1: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """``W p``, or ``W^-1 p``."""
-        sign = -1 if inverse else 1
-        eta = self.eta_squared.sqrt()
-        factor = 1 / eta if inverse else eta
-        along = dot(self.v, p1)
-        return factor * (self.a * p0 + sign * along), factor * (p1 + self.v * (sign * p0 + along / (1 + self.a)))
+    goal = sigma * mu
+    push = goal * (program.degree - 1.0) * program.centre / now.w + now.z * t * (1.0 + t)
+    q0, fixed = newton.corrected(goal, shift, turn)
+    half = newton.halves(
+        (newton.eta_squared * (push + matvec(program.pulled, fixed) + now.back + level))[..., None]
+    ).squeeze(2)
+    dw, shift, turn, dlam = newton.direction(half, half_ones, q0, fixed)
+    dz = push - now.z - newton.ratio * dw
+    cone = _cone_room(now.head, now.tail, shift, turn, inside)
+    shrinking = (dw / now.w).minimum(dz / (now.z + program.dummies)).amin(1, keepdim=True)
+    alpha = _TO_BOUNDARY * cone.minimum((-shrinking).clamp(min=_TO_BOUNDARY).reciprocal())
+    alpha = alpha.clamp(max=1.0)
+    w = now.w + alpha * dw
+    # y and R'e afresh: what the steps sum up to drifts.
+    tail = torch.stack([matvec(program.root, w), now.tail[:, 1] + alpha * turn[:, 1]], 1)
+    head = now.head + alpha[..., None] * shift
+    return _Point(w, now.z + alpha * dz, head, tail, matvec(program.pulled, tail[:, 1]), now.lam + alpha * dlam)
 
 
 class _Newton:
-    """The Newton system at an iterate, factorised once for both directions.
+    """The Newton system at an iterate, factorised once for both directions, in the Nesterov-Todd scaling W of the
+    cone's pair: ``W (r, e) = W^-1 (s, y)``.
 
     With s and the duals eliminated: ``(diag(z / w) + (G - 2 vv' / k) / eta^2) dw - dlam = right-hand side``,
-    with ``v`` here ``R'v`` and ``k = 2 a^2 - 1``; and sum(dw) = 0.
+    with ``v`` here ``R'v`` and ``k = 2 a^2 - 1``; and sum(dw) = 0. It is solved multiplied by eta^2.
     """
 
-    def __init__(self, program: _Program, now: _Point) -> None:
+    def __init__(self, program: _Program, now: _Point, inside: Tensor) -> None:
         self.program, self.now = program, now
-        self.scaling = scaling = _Scaling(program.r, now)
-        self.k = 2 * scaling.a**2 - 1
-        self.w = torch.where(program.active, now.w, 1.0)  # a dummy for divisions: inactive entries never move
-        self.ratio = program.ones * now.z / self.w
-        bent = program.transposed(scaling.v)
-        eta_squared = scaling.eta_squared
-        curvature = (program.gram - (2 / self.k)[..., None] * bent[:, :, None] * bent[:, None, :]) / eta_squared[
-            ..., None
-        ]
-        diagonal = program.gram.diagonal(dim1=1, dim2=2) / torch.where(program.active, program.centre, 1.0)
-        damping = _DAMPING * diagonal / eta_squared
-        self.factor, info = torch.linalg.cholesky_ex(curvature + torch.diag_embed(self.ratio + damping))
-        self.sound = (info == 0)[:, None]
-        self.residual = program.ones * (program.b - now.lam - now.z - program.transposed(now.e))
-        self.solved_ones = torch.cholesky_solve(program.ones[..., None], self.factor).squeeze(-1)
+        root = inside.sqrt()
+        scaled = now.tail / root
+        gamma = ((1.0 + _pair(now.head / root, scaled)) / 2.0).sqrt()
+        self.v = (scaled[:, 0] - scaled[:, 1]) / (2.0 * gamma)
+        squared = _dot(self.v, self.v)
+        self.a = (1.0 + squared).sqrt()
+        k = 1.0 + 2.0 * squared
+        self.turn, self.bend = 2.0 / k, 2.0 * self.a / k
+        self.eta_squared = root[:, 0] / root[:, 1]
+        self.eta = self.eta_squared.sqrt()
+        self.ratio = now.z / now.w
+        self.bent = matvec(program.pulled, self.v)
+        outer = (self.bent * self.turn.sqrt())[..., None]
+        matrix = torch.addcmul(program.newton, outer, outer.mT, value=-1.0)
+        matrix.diagonal(dim1=1, dim2=2).add_(self.eta_squared * self.ratio)
+        self.factor, _ = torch.linalg.cholesky_ex(matrix)
 
-    def direction(self, push: Tensor, q0: Tensor, q1: Tensor) -> _Point:
-        """Step with ``dz = push - (z / w) dw`` and ``d(r, e) = q - W^-2 d(s, y)``, the first entry of which
-        is 0."""
-        program, scaling, k = self.program, self.scaling, self.k
-        a, v, eta_squared = scaling.a, scaling.v, scaling.eta_squared
-        fixed = q1 + (2 * a * q0 / k) * v
-        rhs = push + program.transposed(fixed) - self.residual
-        solved = torch.cholesky_solve(rhs[..., None], self.factor).squeeze(-1)
-        dlam = -solved.sum(1, keepdim=True) / self.solved_ones.sum(1, keepdim=True)
-        dw = solved + dlam * self.solved_ones
+    def apply(self, p0: Tensor, p1: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """``W p``, or ``W^-1 p``."""
+        sign = -1.0 if inverse else 1.0
+        factor = 1.0 / self.eta if inverse else self.eta
+        along = _dot(self.v, p1)
+        return factor * (self.a * p0 + sign * along), factor * (p1 + self.v * (sign * p0 + along / (1.0 + self.a)))
+
+    def corrected(self, goal: Tensor, shift: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """The cone's right-hand side q of the corrector, ``d(r, e) = q - W^-2 d(s, y)``: its first entry, and the
+        part of de that does not depend on dw.
+
+        In the scaled space the pair is one vector m, the predictor's steps are p and -m - p, and Mehrotra's
+        right-hand side is ``m \\ (goal - m m + p (m + p)) = p - m + m \\ (goal + p p)``, products being the cone's.
+        """
+        p0, p1 = self.apply(shift[:, 0], turn[:, 0], inverse=True)
+        m0, m1 = self.apply(self.program.r, self.now.tail[:, 1])
+        target0 = goal + p0 * p0 + _dot(p1, p1)
+        target1 = 2.0 * p0 * p1
+        d0 = (m0 * target0 - _dot(m1, target1)) / _lorentz(m0, m1).clamp(min=_TINY)
+        d1 = (target1 - m1 * d0) / m0
+        q0, q1 = self.apply(d0 + p0 - m0, d1 + p1 - m1, inverse=True)
+        return q0, q1 + (self.bend * q0) * self.v
+
+    def halves(self, rhs_BKn: Tensor) -> Tensor:
+        """Right-hand sides solved with the lower factor."""
+        return torch.linalg.solve_triangular(self.factor, rhs_BKn, upper=False)
+
+    def direction(
+        self, half: Tensor, half_ones: Tensor, q0: Tensor, fixed: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dw on sum(dw) = 0, d(s, r), d(y, e), and dlam, from the half-solved right-hand sides."""
+        dlam = -_dot(half, half_ones) / _dot(half_ones, half_ones)
+        half = (half + dlam * half_ones)[..., None]
+        dw = torch.linalg.solve_triangular(self.factor.mT, half, upper=True).squeeze(2)
         dw = dw - self.now.w * dw.sum(1, keepdim=True)  # what rounding has left of the sum
-        dy = matvec(program.root, dw)
-        along = dot(v, dy)
-        ds = (eta_squared * q0 + 2 * a * along) / k
-        de = fixed - (dy - (2 / k) * along * v) / eta_squared
-        return _Point(dw, ds, dy, push - self.ratio * dw, de, dlam)
+        dy = matvec(self.program.root, dw)
+        along = _dot(self.v, dy)
+        ds = (0.5 * self.turn * self.eta_squared) * q0 + self.bend * along
+        de = fixed - (dy - (self.turn * along) * self.v) / self.eta_squared
+        return dw, torch.stack([ds, torch.zeros_like(ds)], 1), torch.stack([dy, de], 1), dlam / self.eta_squared
 
 
-def _lorentz(x0: Tensor, x1: Tensor) -> Tensor:
-    """``x0^2 - |x1|^2`` without cancellation near the cone's boundary [B, 1]."""
-    length = norm(x1)
-    return (x0 - length) * (x0 + length)
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products along the last axis, kept."""
+    return (x * y).sum(-1, keepdim=True)
 
 
-def _cone_room(x0: Tensor, x1: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
-    """Largest a with ``x + a d`` in the second-order cone, for x inside it [B, 1]."""
-    quadratic, inside = d0 * d0 - dot(d1, d1), _lorentz(x0, x1)
-    half = x0 * d0 - dot(x1, d1)
+def _norm(x: Tensor) -> Tensor:
+    """Lengths along the last axis, kept."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def _lorentz(head: Tensor, tail: Tensor) -> Tensor:
+    """``head^2 - |tail|^2`` without cancellation near the cone's boundary."""
+    length = _norm(tail)
+    return (head - length) * (head + length)
+
+
+def _pair(head: Tensor, tail: Tensor) -> Tensor:
+    """Inner product of the two of a pair [B, 1]."""
+    return head[:, 0] * head[:, 1] + _dot(tail[:, 0], tail[:, 1])
+
+
+def _cone_room(head: Tensor, tail: Tensor, shift: Tensor, turn: Tensor, inside: Tensor) -> Tensor:
+    """Largest a with both of ``(head, tail) + a (shift, turn)`` in the second-order cone, given the _lorentz of the
+    point inside it [B, 1]; infinite if there is none."""
+    quadratic = shift * shift - _dot(turn, turn)
+    half = head * shift - _dot(tail, turn)
     discriminant = half * half - quadratic * inside
-    denominator = discriminant.clamp(min=0).sqrt() - half
+    denominator = discriminant.clamp(min=0.0).sqrt() - half
     crossing = (discriminant >= 0) & (denominator > 0)
-    return torch.where(crossing, inside / torch.where(crossing, denominator, 1.0), torch.inf)
-
-
-def _joint_step(program: _Program, now: _Point, step: _Point) -> Tensor:
-    w = torch.where(program.active, now.w, 1.0)
-    primal = room(w, step.w).minimum(_cone_room(now.s, now.y, step.s, step.y))
-    dual = room(now.z, step.z).minimum(_cone_room(program.r, now.e, torch.zeros_like(program.r), step.e))
-    return primal.minimum(dual)
-
-
-def _complementarity(program: _Program, at: _Point) -> Tensor:
-    return dot(at.w, program.ones * at.z) + at.s * program.r + dot(at.y, at.e)
-
-
-def _moved(now: _Point, step: _Point, alpha: Tensor) -> _Point:
-    return _Point(
-        now.w + alpha * step.w,
-        now.s + alpha * step.s,
-        now.y + alpha * step.y,
-        now.z + alpha * step.z,
-        now.e + alpha * step.e,
-        now.lam + alpha * step.lam,
-    )
+    return torch.where(crossing, inside / torch.where(crossing, denominator, 1.0), torch.inf).amin(1)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from megatron_moo.aggregation import Aggregator, build_aggregator
+
 Granularity = Literal["bucket", "layer", "tensor", "model"]
 Scope = Literal["global", "local"]
 PreferenceKind = Literal["tokens", "slots", "uniform", "given"]
@@ -22,8 +24,9 @@ class MooConfig:
 
     Args:
         objectives: names of the K objectives, in the order of their ids.
-        method: a name of ``megatron_moo.aggregation.AGGREGATORS``.
+        method: a name of ``megatron_moo.aggregation.AGGREGATORS``, an entry point's, or ``package.module:Class``.
         method_options: keyword arguments of that method.
+        wrappers: options by name of ``megatron_moo.aggregation.WRAPPERS``, for what goes around the method.
         granularity: the block within which a conflict is resolved. ``bucket`` is Megatron's communication
             bucket; ``layer``, ``tensor`` and ``model`` do not depend on the parallel layout.
         scope: ``global`` reduces inner products over tensor-parallel ranks (and over pipeline stages for
@@ -44,6 +47,7 @@ class MooConfig:
     objectives: Sequence[str]
     method: str = "mean"
     method_options: Mapping[str, Any] = field(default_factory=dict)
+    wrappers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     granularity: Granularity = "bucket"
     scope: Scope = "global"
     preference: PreferenceKind = "slots"
@@ -78,6 +82,28 @@ class MooConfig:
             )
         if any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) <= 0:
             raise ValueError(f"preference_weights must be finite, >= 0 and not all zero, found {weights}")
+
+    def build_aggregator(self) -> Aggregator:
+        """The method with its options and wrappers.
+
+        Raises:
+            ValueError: for a name or option that does not exist, or a value that breaks the option's rule.
+        """
+        return build_aggregator(self.method, wrappers=self.wrappers, **self.method_options)
+
+    def check_slots(self, slots: int) -> None:
+        """Refuse what ``slots`` data-parallel slots cannot give.
+
+        Raises:
+            ValueError: if noise is to be measured, but no objective has two rows in a step.
+        """
+        rows = self.waves_for(slots) * slots
+        if self.build_aggregator().uses_noise and rows <= len(self.objectives):
+            raise ValueError(
+                f"noise is measured between rows of one objective, but a step has {rows} rows ({slots} slots x "
+                f"{self.waves_for(slots)} waves) for {len(self.objectives)} objectives; set waves (--moo-waves) to "
+                f"{math.ceil(2 * len(self.objectives) / slots)} for two rows each, or drop unbiased, shrink and gate"
+            )
 
     def waves_for(self, slots: int) -> int:
         """Waves of a step on ``slots`` data-parallel slots."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moo.aggregation import build_aggregator
+from megatron_moo.aggregation import RowNoise, fold_rows
 from megatron_moo.distributed import upstream
 from megatron_moo.distributed.blocks import ModelRank, build_block_map
 from megatron_moo.distributed.config import MooConfig
@@ -33,9 +33,12 @@ from megatron_moo.distributed.rows import (
 )
 
 Assign = Callable[[int], Sequence[Sequence[int]]]
+Losses = Callable[[], torch.Tensor | None]
 
 
-def install(model_chunks: Sequence[torch.nn.Module], config: MooConfig, assign: Assign) -> BucketLevelMoo:
+def install(
+    model_chunks: Sequence[torch.nn.Module], config: MooConfig, assign: Assign, losses: Losses | None = None
+) -> BucketLevelMoo:
     """Make a DDP-wrapped Megatron model combine its gradients per block instead of adding them up.
 
     Call it after the model is wrapped (``get_model``) and before the first step, on every rank:
@@ -50,9 +53,11 @@ def install(model_chunks: Sequence[torch.nn.Module], config: MooConfig, assign: 
         config: method, granularity, preference, ...
         assign: ``assign(step)[wave][slot]`` is the id of the objective that slot works on, a pure function and the
             same on every rank; your data loader must deliver accordingly.
+        losses: for methods that work with losses: ``losses()`` gives this rank's [K, 2] sums over the step so far, of
+            token losses and of tokens; None, or zeros, where it sees no loss (earlier pipeline stages).
 
     Raises:
-        ValueError: for a layout that is not supported; names option, reason and remedy.
+        ValueError: for a layout or method that is not supported; names option, reason and remedy.
     """
     chunks = list(model_chunks)
     if problems := upstream.unsupported(chunks):
@@ -68,7 +73,7 @@ def install(model_chunks: Sequence[torch.nn.Module], config: MooConfig, assign: 
             f"config.finalize_model_grads_func is already set to {model_config.finalize_model_grads_func!r}: it would "
             "run instead of the combination; leave it unset"
         )
-    moo = BucketLevelMoo(chunks, config, assign)
+    moo = BucketLevelMoo(chunks, config, assign, losses)
     model_config.finalize_model_grads_func = moo.finalize_model_grads
     return moo
 
@@ -86,13 +91,15 @@ class BucketLevelMoo:
         record: what the last step resolved, or None before the first.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], config: MooConfig, assign: Assign) -> None:
+    def __init__(self, chunks: list[torch.nn.Module], config: MooConfig, assign: Assign, losses: Losses | None) -> None:
         ddp = chunks[0]
         self.config = config
         self.step = 0
         self.record: StepRecord | None = None
-        self.aggregator = build_aggregator(config.method, **config.method_options)
-        self._assign = assign
+        self.aggregator = config.build_aggregator()
+        if self.aggregator.needs_losses and losses is None:
+            raise ValueError(f"{self.aggregator!r} works with losses: give install(..., losses=...)")
+        self._assign, self._losses = assign, losses
         self._model_config = upstream.get_model_config(ddp)
         if config.preference == "tokens" and not self._model_config.calculate_per_token_loss:
             raise ValueError(
@@ -101,6 +108,7 @@ class BucketLevelMoo:
             )
         self._dp_group, self._tp_group, self._pp_group = ddp.intra_dp_cp_group, ddp.tp_group, ddp.pp_group
         self._slots = self._dp_group.size()
+        config.check_slots(self._slots)
         self.num_waves = config.waves_for(self._slots)
         self._exchange = Exchange(self.num_waves)
         self._buckets: list[tuple[ExchangeBucketGroup, int]] = []
@@ -222,14 +230,17 @@ class BucketLevelMoo:
         reduce_tied_rows(rows, self._block_map.tied_buckets, embedding_group)
 
         gram_BHH = self._reduce_gramian(self._local_gramian(rows, plan))
-        count_K = self._counts(plan)
+        # What each objective's summed rows are divided by: its tokens, or its rows where Megatron averaged already.
+        count_K = gram_BHH.new_zeros(len(self.config.objectives))
+        count_K.index_add_(0, plan.objective_R, self._row_counts(plan))
         scale_K = torch.where(count_K > 0, 1.0 / count_K.clamp(min=1), 0.0)
         fold_KH = torch.nn.functional.one_hot(plan.objective_H, len(scale_K)).T.double() * scale_K[:, None]
         gram_BKK = fold_KH @ gram_BHH @ fold_KH.T
 
         preference_K = self._preference(plan, count_K)
         active_K = (count_K > 0) & (preference_K > 0)
-        weights_BK, active_BK = self._solve(gram_BKK, active_K, preference_K)
+        noise = self._noise(gram_BHH, plan) if self.aggregator.uses_noise else None
+        weights_BK, active_BK = self._solve(gram_BKK, active_K, preference_K, noise)
         self._agree(weights_BK, embedding_group)
 
         coefficients_BR = (weights_BK * scale_K)[:, plan.objective_R]
@@ -272,12 +283,26 @@ class BucketLevelMoo:
         dist.all_gather_into_tensor(tokens_D, num_tokens, group=self._dp_group)
         return tokens_D
 
-    def _counts(self, plan: RowPlan) -> torch.Tensor:
-        """What each objective's summed rows are divided by, [K] float64: its tokens, or its rows."""
+    def _row_counts(self, plan: RowPlan) -> torch.Tensor:
+        """Tokens of each row, or 1 each without token counts: [R] float64."""
         if not self._tokens_W:
-            return plan.rows_K.double()
-        tokens_R = torch.cat(self._tokens_W)
-        return torch.zeros_like(plan.rows_K, dtype=torch.float64).index_add_(0, plan.objective_R, tokens_R)
+            return torch.ones_like(plan.half_R, dtype=torch.float64)
+        return torch.cat(self._tokens_W)
+
+    def _noise(self, gram_BHH: torch.Tensor, plan: RowPlan) -> RowNoise:
+        """What the halves of each objective tell of its noise."""
+        count_H = gram_BHH.new_zeros(plan.num_halves).index_add_(0, plan.half_R, self._row_counts(plan))
+        return fold_rows(gram_BHH, plan.objective_H, count_H, len(self.config.objectives))[1]
+
+    def _mean_losses(self) -> torch.Tensor:
+        """Loss of every objective in this step, mean over its tokens: [K] float64, the same on all ranks."""
+        sums_K2 = torch.zeros(len(self.config.objectives), 2, dtype=torch.float64, device=self._device)
+        local = self._losses()
+        if local is not None:
+            sums_K2 += local
+        for group in (self._dp_group, self._pp_group):  # earlier stages add zeros
+            dist.all_reduce(sums_K2, group=group)
+        return sums_K2[:, 0] / sums_K2[:, 1].clamp(min=1)
 
     def _preference(self, plan: RowPlan, count_K: torch.Tensor) -> torch.Tensor:
         """The mean's weights among the objectives of this step, [K] float64, summing to 1."""
@@ -304,7 +329,7 @@ class BucketLevelMoo:
         return gram_BHH
 
     def _solve(
-        self, gram_BKK: torch.Tensor, active_K: torch.Tensor, preference_K: torch.Tensor
+        self, gram_BKK: torch.Tensor, active_K: torch.Tensor, preference_K: torch.Tensor, noise: RowNoise | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [B, K] and who took part [B, K].
 
@@ -318,7 +343,8 @@ class BucketLevelMoo:
         generators = None
         if self.aggregator.random:
             generators = [_generator(self.config.seed, self.step, name) for name in self.blocks]
-        weights_BK = self.aggregator(gram_BKK, active_BK, preference_K, generators)
+        losses_K = self._mean_losses() if self.aggregator.needs_losses else None
+        weights_BK = self.aggregator(gram_BKK, active_BK, preference_K, generators, losses_K=losses_K, noise=noise)
         return torch.where(finite_B[:, None], weights_BK, preference_K), active_BK
 
     def _rewind_state(self) -> None:
@@ -393,11 +419,13 @@ class BucketLevelMoo:
         self.aggregator(
             torch.zeros(b, k, k, device=self._device),
             torch.zeros(b, k, dtype=torch.bool, device=self._device),
+            losses_K=torch.ones(k, device=self._device),
         )
         fresh = {key: tensor.clone() for key, tensor in self.aggregator.state_dict().items()}
         for index, name in enumerate(self.blocks):
             for key, tensor in saved.get(name, {}).items():
-                fresh[key][index] = tensor.to(fresh[key])
+                if key in fresh:  # else of a wrapper that this run does not have
+                    fresh[key][index] = tensor.to(fresh[key])
         self.aggregator.load_state_dict(fresh)
         return [name for name in self.blocks if name not in saved]
 

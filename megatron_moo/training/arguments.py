@@ -9,8 +9,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_moo.aggregation import AGGREGATORS, aggregator_options, build_aggregator
+from megatron_moo.aggregation import AGGREGATORS, ENTRY_POINTS, build_aggregator
 from megatron_moo.distributed import GRANULARITIES, PREFERENCES, SCOPES, MooConfig
+from megatron_moo.training.method_arguments import add_method_arguments, method_options, wrapper_options
 
 OFF = "off"
 
@@ -25,14 +26,7 @@ def add_moo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     _add_gradient_options(group)
     _add_data_options(group)
     _add_run_options(group)
-    for method in AGGREGATORS:
-        for name, option in aggregator_options(method).items():
-            group.add_argument(
-                _flag(method, name),
-                default=None,
-                type=_parser_of(option.default),
-                help=f"{method}: {option.help} (default: {option.default})",
-            )
+    add_method_arguments(group)
     return parser
 
 
@@ -40,9 +34,10 @@ def _add_gradient_options(group: Any) -> None:
     group.add_argument(
         "--moo-method",
         default="mean",
-        choices=[OFF, *AGGREGATORS],
+        metavar="METHOD",
         help="how the languages' gradients become one. 'off': stock Megatron reduction on the same data; 'mean': the "
-        "same result through the exchange",
+        f"same result through the exchange; others: {', '.join(name for name in AGGREGATORS if name != 'mean')}; a "
+        f"method of your own: package.module:Class, or an entry point of the group {ENTRY_POINTS} (default: mean)",
     )
     group.add_argument(
         "--moo-granularity",
@@ -136,14 +131,6 @@ def _add_run_options(group: Any) -> None:
     )
 
 
-def _flag(method: str, option: str) -> str:
-    return f"--moo-{method}-{option.replace('_', '-')}"
-
-
-def _parser_of(default: Any) -> type:
-    return type(default) if isinstance(default, int | float | str) and not isinstance(default, bool) else str
-
-
 def validate_moo_arguments(args: argparse.Namespace) -> None:
     """Refuse what Megatron's flags and ours cannot do together; fill in what depends on both.
 
@@ -156,9 +143,16 @@ def validate_moo_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--moo-log-interval must be at least 1, found {args.moo_log_interval}")
     if args.moo_preference is None:
         args.moo_preference = "tokens" if args.calculate_per_token_loss else "slots"
-    options = _method_options(args)
+    options, wrappers = method_options(args), wrapper_options(args)
     if args.moo_method != OFF:
-        build_aggregator(args.moo_method, **options)  # refuses values out of range
+        try:
+            build_aggregator(args.moo_method, wrappers=wrappers, **options)
+        except ValueError as error:
+            raise ValueError(f"--moo-method {args.moo_method}: {error}") from error
+    elif options or wrappers:
+        raise ValueError(
+            f"--moo-method off combines nothing, but options of {', '.join([*options, *wrappers])} are given; drop them"
+        )
     _refuse("this entry", _data_rules(args))
     if args.moo_method != OFF:
         _refuse(f"--moo-method {args.moo_method}", _exchange_rules(args))
@@ -267,22 +261,6 @@ def _exchange_rules(args: argparse.Namespace) -> Rules:
     )
 
 
-def _method_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of the chosen method that were given; options of other methods are refused."""
-    chosen = {}
-    for method in AGGREGATORS:
-        for name in aggregator_options(method):
-            value = getattr(args, _flag(method, name)[2:].replace("-", "_"))
-            if value is None:
-                continue
-            if method != args.moo_method:
-                raise ValueError(
-                    f"{_flag(method, name)} belongs to --moo-method {method}, not {args.moo_method}; drop it"
-                )
-            chosen[name] = value
-    return chosen
-
-
 def moo_config(args: argparse.Namespace, objectives: list[str]) -> MooConfig:
     """The configuration that the arguments describe.
 
@@ -307,7 +285,8 @@ def moo_config(args: argparse.Namespace, objectives: list[str]) -> MooConfig:
     return MooConfig(
         objectives=objectives,
         method=args.moo_method,
-        method_options=_method_options(args),
+        method_options=method_options(args),
+        wrappers=wrapper_options(args),
         granularity=args.moo_granularity,
         scope=args.moo_scope,
         preference=args.moo_preference,

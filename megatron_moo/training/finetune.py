@@ -72,7 +72,7 @@ class Run:
         """Post-wrap hook of the model builder: put the exchange in."""
         self.model = model
         if get_args().moo_method != OFF and not get_args().skip_train:
-            self.moo = install(model, self.plan.config, self.plan.sampler.assign)
+            self.moo = install(model, self.plan.config, self.plan.sampler.assign, self._losses.sums)
         return model
 
     def datasets(self, num_samples: Any, vp_stage: int | None = None) -> tuple[Iterator | None, Iterator | None, None]:
@@ -226,6 +226,8 @@ def _plan(args: Any) -> Plan:
         args.eval_iters = 0  # or Megatron would ask for batches that nobody has
     _check_lengths(args, manifest)
     config = moo_config(args, objectives)
+    if config.method != OFF:
+        config.check_slots(args.data_parallel_size)
     waves = config.waves_for(args.data_parallel_size)
     unit = args.micro_batch_size * args.data_parallel_size * waves
     if args.global_batch_size % unit:

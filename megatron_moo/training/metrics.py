@@ -31,6 +31,10 @@ class LossRecorder:
             self._sums_K2 = torch.zeros(self._num_objectives, 2, dtype=torch.float64, device=loss_sum.device)
         self._sums_K2[objective] += torch.stack([loss_sum.detach(), tokens.detach().to(loss_sum)]).double()
 
+    def sums(self) -> torch.Tensor | None:
+        """This rank's sums so far, [K, 2]: token losses, tokens; None where no loss was seen (earlier stages)."""
+        return self._sums_K2
+
     def clear(self) -> None:
         """Forget what was counted."""
         self._sums_K2 = None

@@ -1,5 +1,6 @@
 """The combined gradient does not depend on the layout: it equals an explicit single-process combination."""
 
+import functools
 import itertools
 
 import pytest
@@ -22,12 +23,25 @@ VARIANTS = {
 }
 # Wave-major: one language per slot and wave. Four slots; the second has two rows of language 0, and needs two waves.
 ONE_WAVE = [[2, 0, 3, 1]]
+LOSSES = torch.tensor([1.5, 0.5, 2.0, 1.0, 3.0, 0.7], dtype=torch.float64)
+EVERYWHERE = ("mean", "mgda", "pcgrad", "cagrad", "gradvac")  # methods tried in every combination; others in one each
 TWO_WAVES = [[2, 0, 3, 1], [4, 0, 5, 3]]
 
 
 def _reference(rank: int, variant: tiny_gpt.Variant, assignment: list[list[int]], per_wave: int):
     init_megatron()
     return reference.language_gradients(variant, assignment, per_wave)
+
+
+def _losses(assignment: list[list[int]], slot: int) -> torch.Tensor | None:
+    """What a rank with a loss would report: a part of the tokens of its slot's languages, at the loss of LOSSES."""
+    if not parallel_state.is_pipeline_last_stage():
+        return None
+    sums = torch.zeros(1 + max(map(max, assignment)), 2, dtype=torch.float64)
+    for wave in assignment:
+        tokens = 10.0 + slot
+        sums[wave[slot]] += torch.tensor([LOSSES[wave[slot]] * tokens, tokens], dtype=torch.float64)
+    return sums
 
 
 def _worst_error(rank: int, layout: tuple[int, int], cases: list) -> dict[str, float]:
@@ -37,9 +51,10 @@ def _worst_error(rank: int, layout: tuple[int, int], cases: list) -> dict[str, f
     for label, variant, assignment, per_wave, overlap, (gradients, counts), config in cases:
         model = tiny_gpt.build(variant)
         chunk = tiny_gpt.wrap(model, overlap=overlap)
-        moo = install([chunk], config, lambda step, assignment=assignment: assignment)
-        schedule = moo.waves(tiny_gpt.stock_schedule())
         slot = parallel_state.get_data_parallel_rank()
+        losses = functools.partial(_losses, assignment, slot)
+        moo = install([chunk], config, lambda step, assignment=assignment: assignment, losses)
+        schedule = moo.waves(tiny_gpt.stock_schedule())
         # Twice: overlapped exchange starts with the second step, when the order of gradients is known.
         for _ in range(2):
             tiny_gpt.run_step(chunk, schedule, tiny_gpt.step_batches(assignment, slot, per_wave))
@@ -49,6 +64,7 @@ def _worst_error(rank: int, layout: tuple[int, int], cases: list) -> dict[str, f
             config.granularity,
             counts / counts.sum(),
             lambda block: _generator(SEED, 1, block),
+            LOSSES[: len(counts)],
         )
         worst[label] = _compare(chunk, model, expected, gradients)
         model.config.finalize_model_grads_func = None
@@ -65,6 +81,7 @@ def _warm_aggregator(config, gradients, counts):
             config.granularity,
             counts / counts.sum(),
             lambda block: _generator(SEED, 0, block),
+            LOSSES[: len(counts)],
         )
     return aggregator
 
@@ -103,9 +120,11 @@ def cases():
     for (variant_name, variant), assignment in itertools.product(VARIANTS.items(), (ONE_WAVE, TWO_WAVES)):
         per_wave = 2 if assignment is ONE_WAVE else 1
         references[variant_name, len(assignment)] = run_ranks(_reference, 1, variant, assignment, per_wave)[0]
-    for method, granularity, (variant_name, waves) in itertools.product(
-        AGGREGATORS, ("layer", "tensor", "model"), references
-    ):
+    places = list(itertools.product(("layer", "tensor", "model"), references))
+    others = [method for method in AGGREGATORS if method not in EVERYWHERE]
+    combinations = [(method, *place) for method in EVERYWHERE for place in places]
+    combinations += [(method, *places[i * 5 % len(places)]) for i, method in enumerate(others)]
+    for method, granularity, (variant_name, waves) in combinations:
         assignment, per_wave = (ONE_WAVE, 2) if waves == 1 else (TWO_WAVES, 1)
         variant = VARIANTS[variant_name]
         config = MooConfig(
@@ -138,3 +157,31 @@ def test_combined_gradient_equals_single_process_reference(cases, tp, pp, dp):
     }
     assert not failures, failures
     assert all(len(worst) == len(cases) for worst in results)
+
+
+NOISE = {"noise": {"unbiased": "yes", "smoothing": 0.5, "shrink": "yes", "gate": 0.3}, "smooth": {}, "rescale": {}}
+
+
+def _weights_by_block(rank: int, layout: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Weights of this rank's blocks at the second step, with everything around the method."""
+    init_megatron(*layout)
+    chunk = tiny_gpt.wrap(tiny_gpt.build(VARIANTS["tied"]))
+    languages = [f"l{k}" for k in range(6)]
+    config = MooConfig(languages, "mgda", granularity="layer", preference="tokens", waves=2, seed=SEED, wrappers=NOISE)
+    moo = install([chunk], config, lambda step: TWO_WAVES)
+    schedule, slot = moo.waves(tiny_gpt.stock_schedule()), parallel_state.get_data_parallel_rank()
+    for _ in range(2):
+        tiny_gpt.run_step(chunk, schedule, tiny_gpt.step_batches(TWO_WAVES, slot, 1))
+    weights = dict(zip(moo.record.blocks, moo.record.weights_BK, strict=True))
+    moo._model_config.finalize_model_grads_func = None
+    return weights
+
+
+def test_noise_and_wrappers_do_not_depend_on_the_layout():
+    """Would catch: noise estimated from the halves of one rank's shard, or counts that differ between stages."""
+    expected = run_ranks(_weights_by_block, 4, (1, 1))[0]
+    for tp, pp in ((2, 1), (1, 2)):
+        found = [item for weights in run_ranks(_weights_by_block, 4 * tp * pp, (tp, pp)) for item in weights.items()]
+        assert {name for name, _ in found} == set(expected)
+        for name, weights in found:
+            torch.testing.assert_close(weights, expected[name], rtol=1e-5, atol=1e-7)

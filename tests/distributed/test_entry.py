@@ -54,11 +54,12 @@ def _signalled(number: signal.Signals, ranks: tuple[int, ...]) -> Callable[[], N
 
 INTERVAL = ("--exit-interval", str(STOP))
 SIGNALS = ("--exit-signal-handler",)
+WRAPPED = "gradvac --moo-noise-smoothing 0.5 --moo-noise-unbiased yes --moo-smooth-decay 0.5 --moo-every-n 2"
 RESUMED = {
     "gradvac-tp2-interval": ("gradvac", 2, 1, INTERVAL, entry_main),
     "pcgrad-tp2-sigterm": ("pcgrad", 2, 1, SIGNALS, _signalled(signal.SIGTERM, (1,))),
-    "gradvac-pp2-sigint": ("gradvac", 1, 2, SIGNALS, _signalled(signal.SIGINT, (0, 1, 2, 3))),
-    "pcgrad-pp2-interval": ("pcgrad", 1, 2, INTERVAL, entry_main),
+    "wrapped-gradvac-pp2-sigint": (WRAPPED, 1, 2, SIGNALS, _signalled(signal.SIGINT, (0, 1, 2, 3))),
+    "famo-pp2-interval": ("famo", 1, 2, INTERVAL, entry_main),
 }
 
 
@@ -66,7 +67,7 @@ RESUMED = {
 def test_stopped_and_resumed_run_ends_bit_for_bit_alike(data, tmp_path, case):
     """Would catch: aggregator state, random orders, dropout masks, data order or optimizer state lost at a stop."""
     method, tp, pp, flags, stopped_main = RESUMED[case]
-    common = ("--moo-method", method, "--moo-granularity", "tensor", *DROPOUT, "--calculate-per-token-loss")
+    common = ("--moo-method", *method.split(), "--moo-granularity", "tensor", *DROPOUT, "--calculate-per-token-loss")
 
     def argv(name: str, *extra: str) -> list[str]:
         return entry_argv(data, *common, "--moo-run-dir", str(tmp_path / name), *extra, tp=tp, pp=pp, steps=STEPS)

@@ -55,6 +55,7 @@ def combined_gradient(
     granularity: str,
     preference_K: torch.Tensor,
     generator_of,
+    losses_K: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """sum_k w_bk g_k for every parameter, with one Gramian per block."""
     grams: dict[str, torch.Tensor] = {}
@@ -68,6 +69,7 @@ def combined_gradient(
         None,
         preference_K,
         [generator_of(name) for name in names],
+        losses_K=losses_K,
     )
     weight_of = dict(zip(names, weights, strict=True))
     return {

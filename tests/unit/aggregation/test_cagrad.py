@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moo.aggregation import build_aggregator
+from megatron_moo.aggregation import build_aggregator, interior, simplex_norm, solve_simplex_norm
 from tests.unit.aggregation.families import FAMILIES, B, combine, gramian, make_preference, make_rows
+from tests.unit.aggregation.test_mgda import DEGENERATE, count_steps
 
 
 def unscaled(rows, preference, c):
@@ -127,3 +128,57 @@ def test_not_conflict_free():
     rows = torch.tensor([[[1.0, 0.0], [-0.1, 0.0]]], dtype=torch.float64)
     d = combine(build_aggregator("cagrad")(gramian(rows)), rows)
     assert (rows[0, 1] @ d[0]) < 0
+
+
+@pytest.mark.parametrize("family", [name for name in DEGENERATE if name != "opposite"])
+def test_many_objectives(family, monkeypatch):
+    """Rank-deficient and ill-conditioned Gramians of 128 objectives: loss of digits, or a bound that is no bound."""
+    k = 128
+    rows, preference = make_rows(family, k)[:2], make_preference(k)
+    rows = rows / rows.norm(dim=2).amax(1)[:, None, None]
+    steps = count_steps(monkeypatch, simplex_norm)
+    aggregator = build_aggregator("cagrad", rescale="none")
+    d = combine(aggregator(gramian(rows), None, preference), rows)
+    assert len(steps) <= 45 < simplex_norm.MAX_ITERATIONS
+    assert (aggregator.kkt_residual_B <= 1e-11).all()
+    g0 = combine(preference.expand(2, k), rows)
+    assert ((d - g0).norm(dim=1) <= 0.4 * g0.norm(dim=1) * (1 + 1e-5)).all()
+
+
+def program(family, k):
+    """A program of the solver as CAGrad has it, the Gramian regularised by itself."""
+    gram = gramian(make_rows(family, k))[:3]
+    gram = gram / gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None] + 1e-9 * torch.eye(k, dtype=torch.float64)
+    root = torch.linalg.cholesky(gram).mT
+    share = make_preference(k).expand(3, k)
+    radius = 0.4 * (root @ share[..., None]).squeeze(2).norm(dim=1, keepdim=True)
+    return root, (gram @ share[..., None]).squeeze(2), radius, torch.ones(3, k, dtype=torch.bool), share
+
+
+@pytest.mark.parametrize("k", [3, 16, 128])
+def test_gap_is_true_at_the_bound(k):
+    """A certificate that holds only at the optimum: after three steps it would say that the answer is good."""
+    for family in ("random", "ill-conditioned", "uneven"):
+        arguments = program(family, k)
+        exact = solve_simplex_norm(*arguments)
+        assert (exact.kkt_residual_B <= 1e-11).all()
+        gaps = []
+        for steps in (0, 3, 6):
+            loose = solve_simplex_norm(*arguments, max_iterations=steps)
+            assert torch.allclose(loose.weights_BK.sum(1), torch.ones(3, dtype=torch.float64))
+            assert (loose.value_B >= exact.value_B - 1e-10).all()
+            assert (loose.value_B - loose.gap_B <= exact.value_B + 1e-10).all()
+            gaps.append(loose.gap_B)
+        assert (gaps[1] <= gaps[0]).all() and (gaps[2] <= gaps[1]).all() and (gaps[1] > 1e-9).any()
+        assert torch.allclose(solve_simplex_norm(*arguments, max_iterations=0).weights_BK, arguments[-1])
+
+
+@pytest.mark.parametrize("k", [5, 16, 33])
+def test_dropping_finished_blocks_changes_nothing(k, monkeypatch):
+    """The CPU drops blocks that are done, an accelerator does not: indices that slip, or weights that depend on it."""
+    gram = torch.cat([gramian(make_rows(family, k)) for family in FAMILIES])
+    aggregator = build_aggregator("cagrad")
+    dropping, residual = aggregator(gram), aggregator.kkt_residual_B
+    monkeypatch.setattr(interior, "may_look", lambda x: False)
+    assert torch.equal(aggregator(gram), dropping)
+    assert torch.equal(aggregator.kkt_residual_B, residual)

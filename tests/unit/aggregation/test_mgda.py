@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moo.aggregation import build_aggregator, solve_simplex_qp
+from megatron_moo.aggregation import build_aggregator, interior, simplex, solve_simplex_qp
 from tests.unit.aggregation.families import FAMILIES, B, combine, gramian, make_preference, make_rows, size
 
 
@@ -20,6 +20,16 @@ def certified_excess(gram, weights):
     value = np.einsum("bi,bi->b", weights, products)
     lengths = np.sqrt(np.einsum("bii->bi", gram))
     return 2 * (value - products.min(1)), value, np.einsum("bi,bi->b", weights, lengths) ** 2
+
+
+DEGENERATE = ("rank-one", "rank-three", "duplicates", "opposite", "uneven", "very-uneven", "ill-conditioned")
+
+
+def count_steps(monkeypatch, module):
+    """A list that grows by one with every step of the solver."""
+    steps, advance = [], module._advance
+    monkeypatch.setattr(module, "_advance", lambda *state: steps.append(1) or advance(*state))
+    return steps
 
 
 @pytest.mark.parametrize("k", [2, 3, 5, 16, 64])
@@ -36,6 +46,18 @@ def test_within_1e9_of_the_optimum(family, k):
         # Below 1e-14 of the rows' squares the float64 Gramian itself is rounding.
         assert (excess <= 1e-9 * value + 1e-14 * rounding).all(), (excess / value).max()
         assert (aggregator.kkt_residual_B <= 1e-9).all()
+
+
+@pytest.mark.parametrize("family", DEGENERATE)
+def test_many_objectives(family, monkeypatch):
+    """Rank-deficient and ill-conditioned Gramians of 128 objectives: loss of digits, or a bound that is no bound."""
+    gram = gramian(make_rows(family, 128))[:2]
+    steps = count_steps(monkeypatch, simplex)
+    solution = solve_simplex_qp(gram, None, make_preference(128).expand(2, -1))
+    assert len(steps) <= (simplex.MAX_ITERATIONS if family == "very-uneven" else 35)
+    excess, value, rounding = certified_excess(gram, solution.weights_BK)
+    assert (excess <= 1e-9 * value + 1e-14 * rounding).all()
+    assert (solution.kkt_residual_B <= 1e-11).all()
 
 
 def brute_force(gram):
@@ -135,6 +157,37 @@ def test_bound_of_iterations_is_reported():
     assert (loose.value_B - 2 * loose.gap_B <= exact.value_B * (1 + 1e-9)).all()
     none = solve_simplex_qp(gram, max_iterations=0)
     assert torch.allclose(none.weights_BK, torch.full_like(none.weights_BK, 1 / 16))
+
+
+@pytest.mark.parametrize("k", [3, 16, 128])
+@pytest.mark.parametrize("capped", [False, True])
+def test_gap_is_true_at_the_bound(k, capped):
+    """A certificate that holds only at the optimum: after three steps it would say that the answer is good."""
+    for family in ("random", "ill-conditioned", "uneven"):
+        gram = gramian(make_rows(family, k))[:3]
+        upper = 2 * make_preference(k).expand(3, k) if capped else None
+        exact = solve_simplex_qp(gram, upper_BK=upper)
+        gaps = []
+        for steps in (0, 3, 6):
+            loose = solve_simplex_qp(gram, max_iterations=steps, upper_BK=upper)
+            assert (loose.value_B >= exact.value_B * (1 - 1e-9)).all()
+            assert (loose.value_B - 2 * loose.gap_B <= exact.value_B * (1 + 1e-9)).all()
+            if capped:
+                assert (loose.weights_BK <= upper).all()
+            gaps.append(loose.gap_B)
+        assert (gaps[1] <= gaps[0]).all() and (gaps[2] <= gaps[1]).all()  # the best iterate, not the last
+
+
+@pytest.mark.parametrize("k", [5, 16, 33])
+@pytest.mark.parametrize("options", [{}, {"cap": 2.0}, {"cap": 2.0, "normalise": "l2"}])
+def test_dropping_finished_blocks_changes_nothing(k, options, monkeypatch):
+    """The CPU drops blocks that are done, an accelerator does not: indices that slip, or weights that depend on it."""
+    gram = torch.cat([gramian(make_rows(family, k)) for family in FAMILIES])
+    aggregator = build_aggregator("mgda", **options)
+    dropping, residual = aggregator(gram), aggregator.kkt_residual_B
+    monkeypatch.setattr(interior, "may_look", lambda x: False)
+    assert torch.equal(aggregator(gram), dropping)
+    assert torch.equal(aggregator.kkt_residual_B, residual)
 
 
 def test_indefinite_gramian_is_shifted_and_said_so():

@@ -36,3 +36,15 @@ def test_waves_give_every_objective_a_slot(slots, waves):
     """Would catch a step in which some language is never met."""
     assert MooConfig(objectives=list("abcde")).waves_for(slots) == waves
     assert MooConfig(objectives=list("abcde"), waves=7).waves_for(slots) == 7
+
+
+def test_noise_needs_two_rows_of_an_objective():
+    """Would catch: a gate that is asked for and never acts, because every language has a single row."""
+    for wrappers, waves, fine in (({"noise": {"gate": 0.1}}, None, False), ({"noise": {"gate": 0.1}}, 4, True)):
+        config = MooConfig(["a", "b", "c", "d"], "pcgrad", wrappers=wrappers, waves=waves)
+        if fine:
+            config.check_slots(2)
+        else:
+            with pytest.raises(ValueError, match=r"4 rows \(2 slots x 2 waves\) for 4 objectives; set waves .* to 4"):
+                config.check_slots(2)
+    MooConfig(["a", "b"], "pcgrad", wrappers={"noise": {"smoothing": 0.9}}).check_slots(2)

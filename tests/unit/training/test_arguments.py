@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from megatron_moo.aggregation import AGGREGATORS, aggregator_options
+from megatron_moo.aggregation import AGGREGATORS, WRAPPERS, aggregator_options
 from megatron_moo.finetune import missing_flags
 from megatron_moo.training.arguments import add_moo_arguments, moo_config, validate_moo_arguments
 
@@ -42,6 +42,44 @@ def test_every_option_of_every_method_reaches_it():
         validate_moo_arguments(args)
         given = moo_config(args, ["de", "en"]).method_options
         assert given == {name: option.default for name, option in aggregator_options(method).items()}
+
+
+def test_every_option_of_every_wrapper_reaches_it():
+    """Would catch: a wrapper that is on by default, or one without a flag."""
+    for wrapper, kind in WRAPPERS.items():
+        flags = []
+        for name, option in kind.options.items():
+            flags += [f"--moo-{wrapper}-{name}", str(option.default)]
+        args = _args(*flags)
+        validate_moo_arguments(args)
+        given = moo_config(args, ["de", "en"]).wrappers  # and no other
+        assert given == {wrapper: {name: option.default for name, option in kind.options.items()}}
+
+
+def test_options_of_ones_own_method():
+    """Would catch: a method by import path whose options cannot be given, or numbers that arrive as text."""
+    options = ("--moo-option", "c=0.3", "--moo-option", "rescale=none")
+    args = _args("--moo-method", "megatron_moo.aggregation:CAGrad", *options)
+    validate_moo_arguments(args)
+    config = moo_config(args, ["de", "en"])
+    assert config.method_options == {"c": 0.3, "rescale": "none"}
+    assert config.build_aggregator().settings == {"c": 0.3, "rescale": "none"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--moo-method", "cagrad", "--moo-option", "c"), "--moo-option: 'c' is not NAME=VALUE"),
+        (("--moo-method", "cagrad", "--moo-cagrad-c", "0.3", "--moo-option", "c=0.3"), "c is given twice"),
+        (("--moo-method", "no.such:Thing"), "--moo-method no.such:Thing: .* cannot be imported"),
+        (("--moo-method", "off", "--moo-cap-ratio", "2"), "--moo-method off combines nothing, .* cap are given"),
+        (("--moo-method", "mgda", "--moo-every-n", "1.5"), "'n' must be a whole number"),
+    ],
+)
+def test_bad_options_are_refused(flags, message):
+    """Would catch: an option that is dropped without a word."""
+    with pytest.raises(ValueError, match=message):
+        validate_moo_arguments(_args(*flags))
 
 
 def test_weights_are_put_in_the_order_of_the_languages():
