@@ -29,21 +29,22 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_moo", "megatron_moo.*"]),
-    # NVIDIA apex is used when it is there and never installed from here: the PyPI package named `apex` is
-    # another project.
-    install_requires=[
-        "megatron-core[training]>=0.19.2,<0.20",
-        "torch>=2.6",
-        "numpy",
-        "packaging>=24.2",
-        "psutil",  # without it, saving a torch_dist checkpoint hangs
-        "rich>=13",
-        "safetensors",
-        "sentencepiece>=0.2",
-        "tensorboard",
-        "transformers",
-    ],
+    # `megatron_moo.aggregation` is used by itself, in projects without Megatron: it gets what it needs, and no more.
+    install_requires=["torch>=2.6"],
     extras_require={
+        # Everything else of the package. NVIDIA apex is used when it is there and never installed from here: the PyPI
+        # package named `apex` is another project.
+        "train": [
+            "megatron-core[training]>=0.19.2,<0.20",
+            "numpy",
+            "packaging>=24.2",
+            "psutil",  # without it, saving a torch_dist checkpoint hangs
+            "rich>=13",
+            "safetensors",
+            "sentencepiece>=0.2",
+            "tensorboard",
+            "transformers",
+        ],
         "dev": ["pytest>=8", "pytest-timeout", "ruff", "scipy", "torchjd"],
         "example": ["Babel", "icu4py", "num2words"],  # generates the offline data; not needed to train on it
         "plot": ["matplotlib>=3.8"],
