@@ -59,7 +59,7 @@ from .registry import AGGREGATORS, ENTRY_POINTS, WRAPPERS, aggregator_options, b
 from .simplex import solve_simplex_qp
 from .simplex_norm import solve_simplex_norm
 from .upgrad import UPGrad
-from .wrapper import Wrapper
+from .wrapper import Wrapper, layers
 from .wrappers import Capped, EveryNth, Rescaled, Smoothed
 
 __all__ = [
@@ -97,6 +97,7 @@ __all__ = [
     "build_aggregator",
     "find_aggregator",
     "fold_rows",
+    "layers",
     "solve_bounded_qp",
     "solve_simplex_norm",
     "solve_simplex_qp",

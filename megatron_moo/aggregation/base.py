@@ -48,7 +48,8 @@ class Option:
         """The allowed values in words, e.g. ``a number in [0, 1)``."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+        left = "(" if self.low_open or self.low == -math.inf else "["
+        right = ")" if self.high_open or self.high == math.inf else "]"
         return f"a number in {left}{self.low:g}, {self.high:g}{right}"
 
     def check(self, label: str, value: Any) -> float | str:
@@ -63,7 +64,7 @@ class Option:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             above = value > self.low if self.low_open else value >= self.low
             below = value < self.high if self.high_open else value <= self.high
-            if above and below:
+            if above and below and math.isfinite(value):
                 return float(value)
         raise ValueError(f"{label} must be {self.rule}, found {value!r}")
 
@@ -216,7 +217,8 @@ class Aggregator(ABC):
         longest = diagonal.amax(1, keepdim=True)
         active = active_BK & (diagonal > _ZERO_ROW**2 * longest)
         scale = torch.where(longest > 0, longest, 1.0)[:, :, None]
-        gram = torch.where(_pairs(active), (gram + gram.mT) / (2 * scale), 0.0)
+        gram = gram / scale  # before the sum, which could overflow
+        gram = torch.where(_pairs(active), (gram + gram.mT) / 2, 0.0)
         preference = torch.where(active, preference_BK, 0.0)
         mass = preference.sum(1, keepdim=True)
         share = preference / torch.where(mass > 0, mass, 1.0)
@@ -244,6 +246,26 @@ class Aggregator(ABC):
                 + f", found {', '.join(state)}"
             )
         self._state = {key: value.detach().clone() for key, value in state.items()}
+
+    def fresh_state(self, blocks: int, objectives: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The state of a method that has seen nothing yet, in its shapes; the method itself is reset.
+
+        Into it a checkpoint's entries of single blocks can be put, for :meth:`load_state_dict`.
+        """
+        self.reset()
+        # A call in which nobody takes part makes the state and leaves it fresh.
+        self(
+            torch.zeros(blocks, objectives, objectives, device=device),
+            torch.zeros(blocks, objectives, dtype=torch.bool, device=device),
+            losses_K=torch.ones(objectives, device=device),
+        )
+        self._forget_calls()
+        state = self.state_dict()
+        self.reset()
+        return state
+
+    def _forget_calls(self) -> None:  # noqa: B027  most have nothing to do
+        """Undo what a call in which nobody takes part leaves in the state."""
 
     def _check_state(self, problem: Problem) -> None:
         """Raise a ValueError if the state is for other blocks or objectives than the problem's."""
@@ -278,8 +300,8 @@ def _check_inputs(gram_BKK: Tensor, active_BK: Tensor | None, preference: Tensor
         )
     if preference is None:
         preference = torch.full(shape, 1 / shape[1], dtype=torch.float64, device=gram_BKK.device)
-    if interior.may_look(preference) and bool((preference < 0).any()):
-        raise ValueError(f"preference_K must not be negative, found {preference.min().item():g}")
+    if interior.may_look(preference) and not bool((preference.isfinite() & (preference >= 0)).all()):
+        raise ValueError(f"preference_K must be finite and not negative, found {preference.tolist()}")
     preference = _per_block(preference, "preference_K", gram_BKK)
     active_BK = active_BK.to(gram_BKK.device) & (preference > 0)
     return active_BK, torch.where(active_BK, preference, 0.0)

@@ -84,8 +84,8 @@ def fold_rows(gram_BRR: Tensor, objective_R: Tensor, count_R: Tensor, objectives
         objectives: K.
 
     Returns:
-        The Gramian of ``g_k``, the objectives' sums over their samples. Products of a row that is not finite are NaN
-        for its objective, and spoil no other. Objectives without rows are zero.
+        The Gramian of ``g_k = sum_r s_r / n_k``, the objectives' means over their samples. Products of a row that is
+        not finite are NaN for its objective, and spoil no other. Objectives without rows are zero.
 
     Raises:
         ValueError: for shapes that do not fit, and for ids out of range on the CPU.

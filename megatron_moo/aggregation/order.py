@@ -22,9 +22,10 @@ def draw(
     """Samples [B, *shape] in float64 on the CPU, from one generator for all blocks or from one per block.
 
     Args:
-        sampler: ``torch.rand`` or ``torch.randn``. blocks: B. shape: of one block's samples. It should depend on K
-        alone, never on masks, so that a mask does not shift the draws
-            of later steps.
+        sampler: ``torch.rand`` or ``torch.randn``.
+        blocks: B.
+        shape: of one block's samples. It should depend on K alone, never on masks, so that a mask does not shift the
+            draws of later steps.
         generator: one, or one per block.
     """
     if isinstance(generator, torch.Generator):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .aligned import AlignedMTL
@@ -68,22 +68,26 @@ def find_aggregator(name: str) -> type[Aggregator]:
     if name in AGGREGATORS:
         return AGGREGATORS[name]
     if ":" in name:
-        return _checked(name, _import(name))
+        return _checked(name, _import(name, lambda: _attribute(name)))
     foreign = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     if name in foreign:
-        return _checked(name, _import(foreign[name].value))
+        return _checked(name, _import(name, foreign[name].load))
     raise ValueError(
         f"unknown aggregator {name!r}; known: {', '.join([*AGGREGATORS, *sorted(foreign)])}, or package.module:Class"
     )
 
 
-def _import(path: str) -> Any:
+def _attribute(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module_name), attribute)
+
+
+def _import(name: str, load: Callable[[], Any]) -> Any:
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        return load()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"aggregator {path!r} cannot be imported ({error}); it must read package.module:Class, with the package "
+            f"aggregator {name!r} cannot be imported ({error}); it must read package.module:Class, with the package "
             "installed or on PYTHONPATH"
         ) from error
 
@@ -99,7 +103,7 @@ def _checked(name: str, found: Any) -> type[Aggregator]:
 
 
 def build_aggregator(
-    name: str, *, wrappers: Mapping[str, Mapping[str, float | str]] | None = None, **options: float | str
+    name: str, /, *, wrappers: Mapping[str, Mapping[str, float | str]] | None = None, **options: float | str
 ) -> Aggregator:
     """The method ``name`` with its options, and wrappers around it.
 

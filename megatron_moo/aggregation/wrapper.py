@@ -47,6 +47,9 @@ class Wrapper(Aggregator):
         super().load_state_dict({key: value for key, value in state.items() if key in self.state_keys})
         self.inner.load_state_dict({key: value for key, value in state.items() if key not in self.state_keys})
 
+    def _forget_calls(self) -> None:
+        self.inner._forget_calls()
+
     def __repr__(self) -> str:
         settings = "".join(f", {key}={value!r}" for key, value in self.settings.items())
         return f"{type(self).__name__}({self.inner!r}{settings})"

@@ -54,9 +54,9 @@ class Smoothed(Wrapper):
 
     def _weights(self, problem: Problem) -> Tensor:
         now = _ratio(self._inner_weights(problem), problem)
-        if not self._state:
-            self._state = {"smoothed_ratio_BK": torch.ones_like(now), "smoothed_seen_BK": torch.zeros_like(now)}
         self._check_state(problem)
+        fresh = {"smoothed_ratio_BK": torch.ones_like(now), "smoothed_seen_BK": torch.zeros_like(now)}
+        self._state = fresh | self._state
         seen = self._state["smoothed_seen_BK"].to(now.device) > 0
         before = torch.where(seen, self._state["smoothed_ratio_BK"].to(now), now)
         decay = self.settings["decay"]
@@ -94,8 +94,9 @@ class Rescaled(Wrapper):
 class EveryNth(Wrapper):
     """Solve every ``n``-th call; between, reuse the weights, relative to the preference of the step.
 
-    Objectives that did not take part in the solve have the mean's weight until the next. With state inside (targets,
-    smoothing) that state moves with the solves only. The calls in between cost nothing but a product.
+    Objectives that did not take part in a solve keep the weight of the one before, at first the mean's. With state
+    inside (targets, smoothing) that state moves with the solves only. The calls in between cost nothing but a product;
+    certificates stay those of the solve.
     """
 
     options: ClassVar[dict[str, Option]] = {
@@ -113,17 +114,22 @@ class EveryNth(Wrapper):
         n = self.settings["n"]
         self._check_state(problem)
         if self._age is None:
-            self._age = int(self._state["cached_age_B1"].max()) if self._state else math.ceil(n)
+            self._age = int(self._state["cached_age_B1"].max()) if self._state else int(n)
+        ratio = self._state.get("cached_ratio_BK", torch.ones_like(problem.share_BK)).to(problem.share_BK)
         if self._age + 1 >= n:
             weights, self._age = self._inner_weights(problem), 0
-            ratio = torch.where(problem.active_BK, _ratio(weights, problem), 1.0)
+            ratio = torch.where(problem.active_BK, _ratio(weights, problem), ratio)
         else:
-            ratio, self._age = self._state["cached_ratio_BK"].to(problem.gram_BKK), self._age + 1
+            self._age += 1
             weights = torch.where(problem.active_BK, problem.preference_BK * ratio, 0.0)
-        # A call in which nobody takes part makes state of the right shape, but was no solve.
-        age = torch.where(problem.active_BK.any(), float(self._age), n).expand(len(ratio), 1)
-        self._state = {"cached_ratio_BK": ratio, "cached_age_B1": age.to(ratio)}
+        self._state = {"cached_ratio_BK": ratio, "cached_age_B1": torch.full_like(ratio[:, :1], float(self._age))}
         return weights
+
+    def _forget_calls(self) -> None:
+        super()._forget_calls()
+        if self._state:
+            self._state["cached_age_B1"].fill_(self.settings["n"])
+        self._age = None
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)

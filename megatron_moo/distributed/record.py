@@ -24,6 +24,8 @@ class StepRecord:
         active_BK: objectives that took part.
         preference_K: the mean's weights.
         count_K: tokens (or rows, without per-token loss) of each objective in the step.
+        kkt_residual_B: how far each block's solution is from optimal, for methods that solve a program.
+        gated_BKK: pairs whose conflict was left alone as noise, if the noise gate is on.
     """
 
     step: int
@@ -35,6 +37,8 @@ class StepRecord:
     active_BK: torch.Tensor
     preference_K: torch.Tensor
     count_K: torch.Tensor
+    kkt_residual_B: torch.Tensor | None = None
+    gated_BKK: torch.Tensor | None = None
 
     def cosine_BKK(self) -> torch.Tensor:
         """Cosines between objectives; NaN where one took no part or its gradient is zero."""
@@ -46,6 +50,13 @@ class StepRecord:
         pair_KK = torch.ones(k, k, dtype=torch.bool, device=self.gram_BKK.device).triu(1)
         pair_BKK = pair_KK & self.active_BK[:, :, None] & self.active_BK[:, None, :]
         return _share_negative(self.gram_BKK, pair_BKK)
+
+    def gated_share_B(self) -> torch.Tensor | None:
+        """Share of conflicting pairs that the noise gate left alone; NaN without conflict, None without a gate."""
+        if self.gated_BKK is None:
+            return None
+        conflict_BKK = (self.gram_BKK < 0).triu(1) & self.active_BK[:, :, None] & self.active_BK[:, None, :]
+        return (self.gated_BKK & conflict_BKK).sum((1, 2)) / conflict_BKK.sum((1, 2))
 
     def control_share_B(self) -> torch.Tensor:
         """The same share among pairs of half rows of *one* objective: what sampling noise alone gives."""

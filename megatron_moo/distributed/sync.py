@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moo.aggregation import RowNoise, fold_rows
+from megatron_moo.aggregation import NoiseAware, RowNoise, fold_rows, layers
 from megatron_moo.distributed import upstream
 from megatron_moo.distributed.blocks import ModelRank, build_block_map
 from megatron_moo.distributed.config import MooConfig
@@ -255,6 +255,8 @@ class BucketLevelMoo:
             active_BK,
             preference_K,
             count_K,
+            self.aggregator.kkt_residual_B,
+            next((layer.gated_BKK for layer in layers(self.aggregator) if isinstance(layer, NoiseAware)), None),
         )
 
     def _row_plan(self) -> RowPlan:
@@ -354,8 +356,7 @@ class BucketLevelMoo:
         if self._state_before is not None and self._state_before[0] == self.step:
             self.aggregator.load_state_dict(self._state_before[1])
         else:
-            state = {key: tensor.clone() for key, tensor in self.aggregator.state_dict().items()}
-            self._state_before = (self.step, state)
+            self._state_before = (self.step, self.aggregator.state_dict())
 
     def _agree(self, weights_BK: torch.Tensor, embedding_group: dist.ProcessGroup | None) -> None:
         """Make ranks that solve the same block take the same weights, in place.
@@ -399,7 +400,7 @@ class BucketLevelMoo:
         Raises:
             ValueError: for another method or other objectives, if either has state: it would be misread silently.
         """
-        saved = state["blocks"]
+        saved = {name: entries for name, entries in state["blocks"].items() if entries}
         if not saved and not self.aggregator.stateful:
             return []
         for key, found, ours in (
@@ -412,16 +413,10 @@ class BucketLevelMoo:
                     "start from the weights alone (--finetune, or --no-load-optim)"
                 )
         self.aggregator.reset()
+        self._state_before = None
         if not saved:
             return []
-        b, k = len(self.blocks), len(self.config.objectives)
-        # A call in which nobody takes part makes fresh state of the right shape.
-        self.aggregator(
-            torch.zeros(b, k, k, device=self._device),
-            torch.zeros(b, k, dtype=torch.bool, device=self._device),
-            losses_K=torch.ones(k, device=self._device),
-        )
-        fresh = {key: tensor.clone() for key, tensor in self.aggregator.state_dict().items()}
+        fresh = self.aggregator.fresh_state(len(self.blocks), len(self.config.objectives), self._device)
         for index, name in enumerate(self.blocks):
             for key, tensor in saved.get(name, {}).items():
                 if key in fresh:  # else of a wrapper that this run does not have

@@ -171,7 +171,15 @@ class Run:
             return
         shares = {
             key: metrics.mean_of(rows, key)
-            for key in ("conflict_share", "control_share", "control_cosine", "norm_ratio")
+            for key in (
+                "conflict_share",
+                "control_share",
+                "control_cosine",
+                "norm_ratio",
+                "gated_share",
+                "kkt_residual",
+            )
+            if key in rows[0]
         }
         for key, value in shares.items():
             if writer and value is not None:

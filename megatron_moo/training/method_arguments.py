@@ -73,6 +73,8 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         name = name.strip()
         if not sign or not name:
             raise ValueError(f"--moo-option: {item!r} is not NAME=VALUE")
+        if name == "wrappers":
+            raise ValueError(f"--moo-option {item}: wrappers have flags of their own: --moo-cap-ratio, ...; see --help")
         if name in chosen:
             raise ValueError(f"--moo-option {item}: {name} is given twice; give it once")
         chosen[name] = _number_or_text(value.strip())

@@ -57,8 +57,10 @@ def block_rows(record: StepRecord) -> list[dict[str, Any]]:
         "weights": record.weights_BK,
         "norm_ratio": record.norm_ratio_B(),
         "active": record.active_BK,
+        "kkt_residual": record.kkt_residual_B,
+        "gated_share": record.gated_share_B(),
     }
-    lists = {name: _jsonable(tensor.tolist()) for name, tensor in columns.items()}
+    lists = {name: _jsonable(tensor.tolist()) for name, tensor in columns.items() if tensor is not None}
     return [
         {"block": block} | {name: values[b] for name, values in lists.items()} for b, block in enumerate(record.blocks)
     ]

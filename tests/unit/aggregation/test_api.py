@@ -68,7 +68,7 @@ def test_options_describe_themselves():
         ({"active_BK": torch.ones(1, 3)}, "active_BK must be boolean"),
         ({"active_BK": torch.ones(2, 3, dtype=torch.bool)}, r"of shape \[1, 3\]"),
         ({"preference_K": torch.ones(2)}, r"preference_K must have shape \[3\] or \[1, 3\], found \[2\]"),
-        ({"preference_K": torch.tensor([0.5, -0.5, 1.0])}, "must not be negative, found -0.5"),
+        ({"preference_K": torch.tensor([0.5, -0.5, 1.0])}, "must be finite and not negative, found"),
         ({"generator": [torch.Generator()] * 2}, "1 blocks, found 2 generators"),
     ],
 )

@@ -24,6 +24,11 @@ def test_every_method_and_wrapper_is_in_a_table_with_its_options(name):
         assert f"(`{name}`). " in PAGE
 
 
+def test_nothing_is_left_to_fill_in():
+    """A heading whose table was forgotten."""
+    assert not re.search(r"^(MEASURED|SUMMARY|TODO|TBD)", PAGE, re.MULTILINE)
+
+
 def test_the_example_of_an_own_method_runs(tmp_path, monkeypatch):
     """A ten-line example that ten lines of Python do not accept."""
     source = re.search(r"```python\n# lengths.py\n(.*?)```", PAGE, re.DOTALL).group(1)

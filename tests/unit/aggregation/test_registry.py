@@ -52,6 +52,7 @@ def test_a_method_of_ones_own_by_its_path(own_methods):
         ("own_methods:Missing", "cannot be imported .*Missing.*package.module:Class"),
         ("no_such_package.at_all:Thing", "cannot be imported .*no_such_package"),
         (":Thing", "must read package.module:Class"),
+        (".own:Thing", "must read package.module:Class"),
         ("own_methods:NOT_ONE", "is 3; it must be a subclass"),
         ("own_methods:Unfinished", "does not define _weights"),
         ("megatron_moo.aggregation:Smoothed", "must be a subclass"),

@@ -6,7 +6,8 @@ import torch
 from megatron_moo.aggregation import AGGREGATORS, MGDA, WRAPPERS, Capped, EveryNth, Mean, Smoothed, build_aggregator
 from tests.unit.aggregation.families import FAMILIES, B, combine, gramian, make_preference, make_rows
 
-ALL = {"cap": {"ratio": 2.0}, "smooth": {"decay": 0.5}, "rescale": {}, "every": {"n": 2.0}}
+NOISE = {"unbiased": "yes", "smoothing": 0.5, "shrink": "yes", "gate": 0.2}
+ALL = {"noise": NOISE, "cap": {"ratio": 2.0}, "smooth": {"decay": 0.5}, "rescale": {}, "every": {"n": 2.0}}
 LOSSES = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
 
 every_method = pytest.mark.parametrize("method", AGGREGATORS)
@@ -21,7 +22,8 @@ def test_each_composes_with_every_method(method):
     """A wrapper that breaks a method's state, masks or losses."""
     preference = make_preference(6)
     mask = torch.arange(6) != 3
-    for wrappers in ({name: ALL.get(name, {})} for name in WRAPPERS):
+    assert set(ALL) == set(WRAPPERS)
+    for wrappers in ({name: ALL[name]} for name in WRAPPERS):
         aggregator = build_aggregator(method, wrappers=wrappers)
         for gram in steps(3):
             weights = aggregator(gram, mask.expand(B, 6), preference, losses_K=LOSSES)
@@ -111,36 +113,45 @@ def test_every_nth_solves_every_nth_time():
 
 @every_method
 def test_resuming_at_any_step_gives_the_same_weights(method):
-    """State that a checkpoint loses, or that the trainer's empty call (which makes state of the right shape) spoils."""
-    grams = steps(6)
+    """State that a checkpoint loses, or that is mixed up with the fresh state of blocks it does not name."""
+    preference, everybody = make_preference(6), torch.ones(B, 6, dtype=torch.bool)
 
-    def weights_of(aggregator, gram):
-        return aggregator(gram, None, make_preference(6), losses_K=LOSSES + gram[0, 0, 0])
+    def weights_of(aggregator, step):
+        mask = everybody if step != 2 else ~everybody  # all blocks overflowed, and nobody takes part
+        return aggregator(grams[step], mask, preference, losses_K=LOSSES + grams[step][0, 0, 0])
 
-    whole = build_aggregator(method, wrappers=ALL)
-    for stop in range(1, 6):
-        weights_of(whole, grams[stop - 1])
-        saved = {key: value.clone() for key, value in whole.state_dict().items()}
+    grams = steps(7)
+    whole, saved, expected = build_aggregator(method, wrappers=ALL), [], []
+    for step in range(7):
+        saved.append(whole.state_dict())
+        expected.append(weights_of(whole, step))
+    for stop in range(1, 7):
         resumed = build_aggregator(method, wrappers=ALL)
-        nobody = torch.zeros(B, 6, dtype=torch.bool)
-        resumed(torch.zeros(B, 6, 6), nobody, losses_K=torch.ones(6))
-        assert set(resumed.state_dict()) == set(saved)
-        assert all(value.shape[0] == B for value in saved.values())
-        resumed.load_state_dict(saved)
-        once_more = build_aggregator(method, wrappers=ALL)
-        once_more.load_state_dict(saved)
-        for gram in grams[stop:]:
-            assert torch.equal(weights_of(resumed, gram), weights_of(once_more, gram))
-    weights_of(whole, grams[5])
+        fresh = resumed.fresh_state(B, 6)
+        assert set(fresh) == set(saved[stop])
+        for key, value in fresh.items():
+            for b in range(B):  # as a trainer does, which finds blocks by their names
+                value[b] = saved[stop][key][b]
+        resumed.load_state_dict(fresh)
+        for step in range(stop, 7):
+            assert torch.equal(weights_of(resumed, step), expected[step]), (stop, step)
 
 
 def test_a_wrapper_that_is_new_in_a_resumed_run_starts_by_solving():
     """Fresh state that passes for the cache of a solve: the mean until the next one is due."""
     resumed = build_aggregator("mgda", wrappers=ALL)
-    resumed(torch.zeros(B, 6, 6), torch.zeros(B, 6, dtype=torch.bool))
-    resumed.load_state_dict(resumed.state_dict())
+    resumed.load_state_dict(resumed.fresh_state(B, 6))
     gram = steps(1)[0]
     assert torch.equal(resumed(gram), build_aggregator("mgda", wrappers=ALL)(gram))
+
+
+def test_a_solve_without_anybody_keeps_the_cached_weights():
+    """An overflow at the step that solves: the mean until the next solve, but not after a resume."""
+    aggregator, grams = EveryNth(MGDA(), n=2), steps(4)
+    first = aggregator(grams[0])
+    aggregator(grams[1])
+    assert (aggregator(grams[2], torch.zeros(B, 6, dtype=torch.bool)) == 0).all()
+    torch.testing.assert_close(aggregator(grams[3]), first, rtol=1e-12, atol=0)
 
 
 def test_state_of_other_blocks_is_refused():
@@ -158,9 +169,12 @@ def test_wrapping_twice_or_by_an_unknown_name_is_refused():
     """A second smoothing whose state would overwrite the first's."""
     with pytest.raises(ValueError, match="Capped is there already"):
         Capped(Smoothed(Capped(Mean())))
-    with pytest.raises(ValueError, match="unknown wrapper 'cpa'; known: .*cap, smooth, rescale, every"):
+    with pytest.raises(ValueError, match="unknown wrapper 'cpa'; known: noise, cap, smooth, rescale, every"):
         build_aggregator("mgda", wrappers={"cpa": {}})
-    with pytest.raises(ValueError, match=r"Capped option 'ratio' must be a number in \[1, inf\], found 0.5"):
+    for value in ("inf", "nan"):
+        with pytest.raises(ValueError, match=f"found {value}"):
+            build_aggregator("mgda", wrappers={"cap": {"ratio": float(value)}})
+    with pytest.raises(ValueError, match=r"Capped option 'ratio' must be a number in \[1, inf\), found 0.5"):
         build_aggregator("mgda", wrappers={"cap": {"ratio": 0.5}})
 
 
