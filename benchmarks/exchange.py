@@ -24,12 +24,9 @@ What is measured, of one optimizer step (the mean over ranks of bytes and memory
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -40,6 +37,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from _exchange_ranks import STOCK, Settings, Variant, measure_memory, measure_steps, quiet
+from _report import machine, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -114,24 +112,6 @@ def _table(title: str, heads: Sequence[str]) -> Table:
     return table
 
 
-def machine(cuda: bool) -> dict[str, Any]:
-    """Where and with what this was measured."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    device = torch.cuda.get_device_name(0) if cuda else models[0] if models else platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "device": device,
-        "cores": cores,
-        "load_before": round(os.getloadavg()[0], 1),
-        "backend": "nccl" if cuda else "gloo",
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = functools.partial(parser.add_argument, type=int)
@@ -168,7 +148,8 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    where, rows = machine(cuda), []
+    versions = {"megatron-core": importlib.metadata.version("megatron-core")}
+    where, rows = machine(cuda, backend="nccl" if cuda else "gloo", **versions), []
     for dp in [torch.cuda.device_count()] if cuda else args.dp:
         for waves in args.waves:
             console.print(f"{dp} ranks, {waves} waves ...", highlight=False)
@@ -181,11 +162,7 @@ def main() -> None:
         console.print(table)
     if args.out:
         settings = {key: value for key, value in vars(args).items() if key != "out"}
-        text = json.dumps({"machine": where, "settings": settings, "rows": rows}, indent=1)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.out.with_name(args.out.name + ".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(args.out)
+        write_json(args.out, {"machine": where, "settings": settings, "rows": rows})
         console.print(f"wrote {args.out}", highlight=False)
 
 

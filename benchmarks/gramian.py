@@ -25,11 +25,7 @@ On a shared machine trust ratios, and those only roughly; more --threads than fr
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _report import machine, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -215,21 +212,6 @@ def tables(results: Sequence[dict[str, Any]]) -> Iterator[Table]:
         yield table
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Where and with what this was measured."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    cpu = models[0] if models else platform.machine()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "device": torch.cuda.get_device_name(0) if device == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write every number there")
@@ -257,7 +239,7 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 140
-    where = machine(args.device)
+    where = machine(args.device == "cuda")
     console.print(", ".join(f"{key} {value}" for key, value in where.items()), highlight=False)
     results: list[dict[str, Any]] = []
     cuts = layouts(args.elements, args.hidden)
@@ -273,11 +255,7 @@ def main() -> None:
     console.print(f"loop/ours: {min(ratios):.2f} to {max(ratios):.2f}, geometric mean {mean:.2f}", highlight=False)
     if args.out:
         settings = {key: value for key, value in vars(args).items() if key != "out"}
-        text = json.dumps({"machine": where, "settings": settings, "results": results}, indent=1)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.out.with_name(args.out.name + ".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(args.out)
+        write_json(args.out, {"machine": where, "settings": settings, "results": results})
         console.print(f"wrote {args.out}", highlight=False)
 
 

@@ -14,11 +14,11 @@ Every number has the standard error of its mean over independent blocks. The fig
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from _report import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -271,8 +271,7 @@ def main() -> None:
     for table in tables(result):
         console.print(table)
     for path in {options.json, options.out if as_json else None} - {None}:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(path, result)
     if options.out is not None and not as_json:
         plot(result, options.out)
 

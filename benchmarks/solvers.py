@@ -28,11 +28,7 @@ that has to wait for a core costs milliseconds at each of many small steps.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
-import json
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -41,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _report import machine, write_json
 from _solvers_cases import ACCURACY_BLOCKS, DESCRIPTION, Answer, Case, accuracy, make_case
 from _solvers_peers import LibMTL, Solve, torchjd_maker
 from _solvers_tables import accuracy_table, time_table, verdicts
@@ -186,25 +183,15 @@ class Run:
             return None, torch.empty(0), 1.0
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Where and with what this was measured."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    versions = {}
+def installed() -> dict[str, str | None]:
+    """Versions of what is compared with, and of what it needs."""
+    versions: dict[str, str | None] = {}
     for name in ("torch", "torchjd", "numpy", "scipy", "cvxpy", "clarabel", "quadprog"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "device": models[0] if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": threads,
-        "load_before": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+    return versions
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -248,7 +235,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")  # other libraries' habits
-    where = machine(args.threads)
+    where = machine(versions=installed())
     run = measure_all(args)
     console = Console()
     if not console.is_terminal:
@@ -277,10 +264,7 @@ def main() -> None:
         report = {"machine": where, "settings": settings, "blocks": DESCRIPTION, "libmtl": run.libmtl.how}
         report |= {"notes": {"torchjd": run.notes, "libmtl": run.libmtl.reasons}, "times": run.times}
         report |= {"accuracy": run.accuracies, "verdicts": results}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.out.with_name(args.out.name + ".tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(args.out)
+        write_json(args.out, report)
         say(f"wrote {args.out}")
 
 

@@ -215,3 +215,12 @@ def test_never_worse_than_torchjd():
         value = lambda w, gram=gram: (w * (gram @ w[..., None]).squeeze(-1)).sum(1)  # noqa: E731
         assert (value(ours) <= value(theirs) * (1 + 1e-9)).all()
         assert torch.allclose(value(ours), value(theirs), rtol=0.02)
+
+
+def test_torchjd_stops_early():
+    """Where it is no oracle: Frank-Wolfe at its own settings, above the optimum by more than a percent."""
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    gram = gramian(make_rows("conflicting", 64))
+    value = lambda w: (w * (gram @ w[..., None]).squeeze(-1)).sum(1)  # noqa: E731
+    theirs = torch.stack([torchjd.MGDAWeighting()(matrix) for matrix in gram])
+    assert (value(theirs) > 1.01 * value(build_aggregator("mgda")(gram))).all()
