@@ -27,6 +27,7 @@ def add_method_arguments(group: Any) -> None:
             _flag(owner, name),
             default=None,
             type=type(option.default),
+            metavar="{" + ",".join(option.choices) + "}" if option.choices else "NUMBER",
             help=f"{owner}: {option.help} (default: {'off' if owner in WRAPPERS else option.default})".replace(
                 "%", "%%"
             ),
