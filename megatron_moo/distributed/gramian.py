@@ -94,12 +94,6 @@ class ShardGramian:
         return gram_BHH[:-1].index_select(1, plan.place_H).index_select(2, plan.place_H)
 
 
-def local_gramian(rows: Sequence[Rows], blocks: BlockMap, plan: RowPlan) -> torch.Tensor:
-    """:class:`ShardGramian` for a single call: [B, H, H] float64."""
-    sizes = [waves[0].shape[1] for waves in rows]
-    return ShardGramian(blocks, sizes, plan.half_R.device)(rows, plan)
-
-
 @dataclass(frozen=True)
 class _Cells:
     """The grid of one bucket's shard.

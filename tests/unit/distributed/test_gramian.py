@@ -12,6 +12,10 @@ UNEVEN = [[1, 1, 1], [1, 1, 0]]  # half rows of three, two and one
 SINGLE = [[2, 0, 1], [0, 1, 2]]  # every half row is one row
 
 
+def _gramian(rows, blocks: BlockMap, plan: RowPlan) -> torch.Tensor:
+    return ops.ShardGramian(blocks, [waves[0].shape[1] for waves in rows], plan.half_R.device)(rows, plan)
+
+
 def _map(segments: list[Segment]) -> BlockMap:
     names = [str(block) for block in range(max(segment.block for segment in segments) + 1)]
     return BlockMap(names, segments, partial=[], tied_buckets=[], tied_blocks=[], replicated_blocks=[])
@@ -81,7 +85,7 @@ def test_one_pass_equals_a_loop_over_segments(short_cells, assignment, dtype, se
     blocks = _layout(seed, sizes, blocks=12)
     rows = _rows(sizes, assignment, dtype, seed)
     plan = RowPlan.from_assignment(assignment, 4)
-    _assert_equal(ops.local_gramian(rows, blocks, plan), _looped(rows, blocks, plan))
+    _assert_equal(_gramian(rows, blocks, plan), _looped(rows, blocks, plan))
 
 
 @pytest.mark.parametrize("assignment", [FOLDED, [[3, 0, 1]]], ids=["folded", "one"])
@@ -101,7 +105,7 @@ def test_real_widths(monkeypatch, assignment, kind):
         Segment(1, 0, 40, 2, True),
     ]
     rows, plan = _rows(sizes, assignment), RowPlan.from_assignment(assignment, 4)
-    _assert_equal(ops.local_gramian(rows, _map(segments), plan), _looped(rows, _map(segments), plan))
+    _assert_equal(_gramian(rows, _map(segments), plan), _looped(rows, _map(segments), plan))
 
 
 @pytest.mark.parametrize("where", ["slots apart", "inside a larger buffer"])
@@ -118,9 +122,7 @@ def test_rows_need_not_fill_their_memory(short_cells, where):
         buffer = torch.full((9050,), torch.nan)
         view = buffer[50:].view(3, 3000)
     view.copy_(rows[0][0])
-    torch.testing.assert_close(
-        ops.local_gramian([[view]], blocks, plan), ops.local_gramian(rows, blocks, plan), rtol=0, atol=0
-    )
+    torch.testing.assert_close(_gramian([[view]], blocks, plan), _gramian(rows, blocks, plan), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("assignment", [FOLDED, SINGLE, [[3, 0, 1]]], ids=["folded", "single", "one"])
@@ -130,13 +132,13 @@ def test_a_non_finite_element_spoils_its_own_block_and_row_alone(short_cells, as
     blocks = _layout(7, sizes, blocks=40)
     plan = RowPlan.from_assignment(assignment, 4)
     rows = _rows(sizes, assignment)
-    clean = ops.local_gramian(rows, blocks, plan)
+    clean = _gramian(rows, blocks, plan)
     for segment in blocks.segments[::5]:
         if not segment.counted or segment.start == segment.end:
             continue
         spoilt = [[wave.clone() for wave in waves] for waves in rows]
         spoilt[0][-1][1, segment.start] = torch.inf
-        found = ops.local_gramian(spoilt, blocks, plan)
+        found = _gramian(spoilt, blocks, plan)
         half = plan.half_R.view(len(assignment), -1)[-1, 1]
         hit = torch.zeros_like(found, dtype=torch.bool)
         hit[segment.block, half, :] = hit[segment.block, :, half] = True
@@ -149,7 +151,7 @@ def test_one_element_between_long_neighbours(short_cells):
     blocks = _map([Segment(0, 0, 700, 0, True), Segment(0, 700, 701, 1, True), Segment(0, 701, 2000, 0, True)])
     rows = [[torch.full((2, 2000), 1e6)]]
     rows[0][0][:, 700] = torch.tensor([3.0, -2.0])
-    gram = ops.local_gramian(rows, blocks, RowPlan.from_assignment([[0, 1]], 2))
+    gram = _gramian(rows, blocks, RowPlan.from_assignment([[0, 1]], 2))
     assert gram[1].tolist() == [[9.0, -6.0], [-6.0, 4.0]]
 
 
@@ -171,7 +173,7 @@ def test_launches_grow_with_the_rows_not_with_the_tensors():
 def test_sums_stay_exact_over_a_long_block():
     """Would catch one fp32 sum over a whole shard: a million equal products would lose their last digits."""
     rows = [[torch.full((2, 2**20), 0.1)]]
-    gram = ops.local_gramian(rows, _map([Segment(0, 0, 2**20, 0, True)]), RowPlan.from_assignment([[0, 1]], 2))
+    gram = _gramian(rows, _map([Segment(0, 0, 2**20, 0, True)]), RowPlan.from_assignment([[0, 1]], 2))
     exact = 2**20 * float(torch.tensor(0.1)) ** 2
     assert ((gram - exact).abs() / exact).max() < 2e-6
 
@@ -191,5 +193,5 @@ def test_memory_stays_bounded(short_cells, monkeypatch):
         return gathered(waves, plan)
 
     monkeypatch.setattr(ops, "_half_rows", watch)
-    ops.local_gramian(_rows(sizes, FOLDED), blocks, plan)
+    _gramian(_rows(sizes, FOLDED), blocks, plan)
     assert 0 < largest <= 6 * 256
