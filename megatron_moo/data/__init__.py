@@ -3,8 +3,8 @@
 rows, tokenizers   what goes in: validated rows, and text to ids
 preprocess         JSONL -> Megatron's indexed files with a mask pair, and a manifest
 manifest, corpus   the prepared data, checked and memory-mapped
-sampler            which language and which samples each gradient row of a step takes
-batches            the micro-batches of one slot
+sampler, rotation  which language and which samples each gradient row of a step takes; subsets of languages by turns
+batches            the micro-batches of one data-parallel rank
 
 manifest = Manifest.load("data/prepared")
 sampler = LanguagePureSampler(len(manifest.objectives), slots=2, waves=4, seed=1)

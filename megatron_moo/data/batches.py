@@ -1,9 +1,12 @@
-"""Language-pure micro-batches for one slot, in the order in which Megatron's schedule asks for them.
+"""Language-pure micro-batches for one data-parallel rank, in the order in which Megatron's schedule asks for them.
 
 The target shift is done here: `labels[t]` is the token after `tokens[t]`, and `loss_mask[t]` says whether
 that token is a target. All batches have S columns, because pipeline stages exchange tensors of one shape.
 
-Legend: b samples of a micro-batch, S sequence length.
+A slot may be several data-parallel ranks (with expert parallelism): its peers. Each takes its part of the samples of
+the slot's row, so that together they read what one rank with all of them would.
+
+Legend: b samples of a micro-batch, S sequence length, P peers of a slot, n samples of a row.
 """
 
 from collections.abc import Iterator
@@ -47,7 +50,7 @@ def collate(samples: list[tuple], seq_length: int, pad_id: int) -> dict[str, tor
 
 
 class MicroBatches:
-    """Endless iterator over the micro-batches of one slot: by step, then wave, then micro-batch.
+    """Endless iterator over the micro-batches of one data-parallel rank: by step, then wave, then micro-batch.
 
     Each batch is what `collate` gives, and `objective` [1] int64, its number in `manifest.objectives`.
     Nothing needs a checkpoint but the step, which is `start_step` of the next run.
@@ -58,13 +61,15 @@ class MicroBatches:
         sampler: over all objectives of the manifest and all slots.
         slot: this rank's.
         micro_batch_size: b.
-        micro_batches_per_wave: so that a row has b times that many samples.
+        micro_batches_per_wave: of this rank, so that a row has n = b * P times that many samples.
         seq_length: S; samples of more than S + 1 tokens are dropped (see `Corpus.dropped`).
         pad_id: see collate.
         start_step: the first step to give.
+        peer, peers: this rank's number in its slot, and P.
 
     Raises:
-        ValueError: sampler and manifest disagree, sizes below one, or a language none of whose samples fits.
+        ValueError: sampler and manifest disagree, a slot or peer out of range, sizes below one, or a language none of
+            whose samples fits.
     """
 
     def __init__(
@@ -78,6 +83,8 @@ class MicroBatches:
         seq_length: int,
         pad_id: int,
         start_step: int = 0,
+        peer: int = 0,
+        peers: int = 1,
     ):
         if sampler.num_objectives != len(manifest.objectives):
             raise ValueError(
@@ -85,6 +92,8 @@ class MicroBatches:
             )
         if not 0 <= slot < sampler.slots:
             raise ValueError(f"slot must be in [0, {sampler.slots}), got {slot}")
+        if not 0 <= peer < peers:
+            raise ValueError(f"peer must be in [0, {peers}), got {peer}")
         sizes = {
             "micro_batch_size": micro_batch_size,
             "micro_batches_per_wave": micro_batches_per_wave,
@@ -95,26 +104,27 @@ class MicroBatches:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.sampler, self.slot, self.pad_id, self.seq_length = sampler, slot, pad_id, seq_length
         self.micro_batch_size, self.micro_batches_per_wave = micro_batch_size, micro_batches_per_wave
+        self._peer, self._row_samples = peer, micro_batch_size * micro_batches_per_wave * peers
         self.corpora: list[Corpus] = [manifest.corpus(split, k, seq_length + 1) for k in manifest.objectives]
         self.sizes = [len(corpus) for corpus in self.corpora]
         self._batches = self._generate(start_step)
 
     def epochs(self, step: int) -> list[float]:
-        """Epochs of each objective's corpus that the steps before `step` have used, over all slots: [K]."""
+        """Epochs of each objective's corpus that the steps before `step` have used, over all ranks: [K]."""
         rows = self.sampler.counts(step)[0]
-        n = self.micro_batch_size * self.micro_batches_per_wave
-        return [int(r) * n / size for r, size in zip(rows, self.sizes, strict=True)]
+        return [int(r) * self._row_samples / size for r, size in zip(rows, self.sizes, strict=True)]
 
     def _generate(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         b = self.micro_batch_size
-        n = b * self.micro_batches_per_wave
+        part = b * self.micro_batches_per_wave
+        first = self._peer * part
         while True:
             for wave in range(self.sampler.waves):
                 objective = int(self.sampler.assign(step)[wave, self.slot])
                 corpus = self.corpora[objective]
-                rows = self.sampler.row_examples(step, wave, self.slot, n, self.sizes)
-                for start in range(0, n, b):
-                    samples = [corpus[i] for i in rows[start : start + b]]
+                row = self.sampler.row_examples(step, wave, self.slot, self._row_samples, self.sizes)
+                for start in range(first, first + part, b):
+                    samples = [corpus[i] for i in row[start : start + b]]
                     batch = collate(samples, self.seq_length, self.pad_id)
                     yield batch | {"objective": torch.tensor([objective])}
             step += 1

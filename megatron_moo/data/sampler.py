@@ -16,6 +16,8 @@ visits all waves and slots alike and no rank is tied to a language.
 Which samples: each objective has a stream of permutations of its corpus, one per epoch; its rows take
 consecutive pieces.
 
+With ``active``, a step works on a rotating subset of the objectives; `rotation.py` says which and with how many rows.
+
 Legend: K objectives, D slots, W waves, R = W * D rows of a step, n samples of a row.
 """
 
@@ -25,17 +27,14 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_moo.data.rotation import Rotation
+from megatron_moo.data.rotation import permutation as _permutation
+
 # Shares are integers in units of 1 / _UNIT: no rounding error piles up, on any machine. Divisible by 1..24
 # and 128, so that equal shares are exact and the pattern repeats after a few steps.
 _UNIT = 8 * math.lcm(*range(1, 25))
 _SNAPSHOT = 1024  # steps between kept states; resuming replays at most that many after the first pass
 _ORDER, _EPOCH = 1, 2  # what a random stream is for
-
-
-def _permutation(size: int, *key: int) -> np.ndarray:
-    # Raw Philox output is fixed by numpy's compatibility policy; Generator.permutation is not.
-    raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
-    return np.argsort(raw, kind="stable")
 
 
 def shares(weights: Sequence[float], rows: int) -> np.ndarray:
@@ -71,6 +70,14 @@ class LanguagePureSampler:
         waves: W, forward/backward passes of a step.
         weights: [K] requested shares, positive; None for equal ones. They are normalised.
         seed: at least 0.
+        active: None: the objectives of a step follow from their shares of the rows alone, all of them if R >= K. Else
+            each step has exactly min(active, K, R) different ones, by turns; see :class:`Rotation` for what is
+            guaranteed. Where that is all K, nothing changes.
+        floor: with a subset, an objective is active in at least ``floor * active / K`` of the steps, however small its
+            weight; in (0, 1].
+
+    Attributes:
+        rotation: of the subset; None where there is none.
 
     Raises:
         ValueError: sizes below one, or weights of the wrong number or not positive.
@@ -83,9 +90,12 @@ class LanguagePureSampler:
         waves: int,
         weights: Sequence[float] | None = None,
         seed: int = 1,
+        active: int | None = None,
+        floor: float = 0.5,
     ):
-        for name, value in (("num_objectives", num_objectives), ("slots", slots), ("waves", waves)):
-            if value < 1:
+        sizes = {"num_objectives": num_objectives, "slots": slots, "waves": waves, "active": active}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
@@ -104,6 +114,8 @@ class LanguagePureSampler:
         self._states = {0: (zero, zero)}
         self._last = 0
         self._period = 0  # steps after which the pattern repeats; 0: not known yet
+        subset = num_objectives if active is None else min(active, num_objectives, self.rows)
+        self.rotation = Rotation(weights, subset, self.rows, floor, seed) if subset < num_objectives else None
         self.counts = lru_cache(maxsize=64)(self._counts)
         self.assign = lru_cache(maxsize=64)(self._assign)
         self._epoch = lru_cache(maxsize=num_objectives + 4)(_permutation)  # 8 bytes a sample
@@ -178,6 +190,8 @@ class LanguagePureSampler:
         """
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
+        if self.rotation is not None:
+            return self.rotation.counts(step)
         before, after = self._given(step), self._given(step + 1)
         return self._whole * step + before, self._whole + after - before
 

@@ -20,9 +20,11 @@ def manifest(corpus_dir, tmp_path):
     return prepare(Request(corpus_dir, tmp_path / "out", tokenizer_type="byte"))[0]
 
 
-def _batches(manifest, slot=0, start=0, seq_length=16, slots=2, waves=2, per_wave=2) -> MicroBatches:
+def _batches(
+    manifest, slot=0, start=0, seq_length=16, slots=2, waves=2, per_wave=2, peer=0, peers=1, size=3
+) -> MicroBatches:
     sampler = LanguagePureSampler(2, slots, waves, seed=5)
-    return MicroBatches(manifest, "train", sampler, slot, 3, per_wave, seq_length, PAD, start)
+    return MicroBatches(manifest, "train", sampler, slot, size, per_wave, seq_length, PAD, start, peer, peers)
 
 
 def test_targets_are_the_answer_and_its_end():
@@ -59,6 +61,19 @@ def test_batches_are_pure_and_in_the_sampler_order(manifest):
                         assert batch["loss_mask"][i].sum() == mask.sum()
 
 
+def test_peers_of_a_slot_share_its_rows(manifest):
+    """Would catch: samples read twice, or left out, where several data-parallel ranks form one slot."""
+    alone = _batches(manifest, slot=1, per_wave=1, size=12)
+    peers = [_batches(manifest, slot=1, peer=peer, peers=2) for peer in range(2)]
+    for _ in range(10):
+        whole = next(alone)
+        parts = [next(peer) for peer in peers for _ in range(2)]
+        for key in ("tokens", "labels", "loss_mask"):
+            assert torch.equal(torch.cat([part[key] for part in parts]), whole[key])
+        assert {part["objective"].item() for part in parts} == {whole["objective"].item()}
+    assert peers[0].epochs(7) == alone.epochs(7)
+
+
 def test_resuming_continues_the_stream(manifest):
     """Would catch a resumed run that sees other data than the uninterrupted one."""
     whole = list(islice(_batches(manifest), 40))
@@ -91,6 +106,7 @@ def test_epochs_count_all_slots(manifest):
     ("change", "message"),
     [
         ({"slot": 2}, r"slot must be in \[0, 2\), got 2"),
+        ({"peer": 1}, r"peer must be in \[0, 1\), got 1"),
         ({"per_wave": 0}, "micro_batches_per_wave must be at least 1"),
         ({"seq_length": 0}, "seq_length must be at least 1"),
     ],
