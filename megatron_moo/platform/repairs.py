@@ -18,6 +18,19 @@ With a tied embedding, pipeline parallelism and a model width that is no multipl
   a save by shards then fails, as what it writes goes past the end of the bucket.  Repaired: it ends with its last
   parameter, as every other bucket.
 
+With ``--dist-ckpt-optim-fully-reshardable`` and a bucket that is padded at its end (its size is no multiple of 128 and
+of the data-parallel size):
+
+- A save takes the optimizer state of every parameter behind that bucket from a wrong place, as it counts in the padding
+  where it was left out: each gets some of its neighbour's numbers.  A warning in the log, about the last ones, is all
+  that is said.  Repaired: the padding is there.
+
+With the distributed optimizer and mixtures of experts, saved with ``--dist-ckpt-optim-fully-reshardable``:
+
+- Experts that lie on several ranks have an optimizer of their own, others none, and a load with expert parallelism of
+  what was saved without, or the other way round, fails over what the optimizers keep beside their tensors.  Repaired:
+  it is handed to each of the optimizers that there are.
+
 With torch_dist checkpoints that are saved synchronously:
 
 - Every rank starts a server process, by spawning, to hand the result of the write from itself to itself.  That imports
@@ -45,6 +58,7 @@ def install() -> None:
         return
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from megatron_moo.platform.norms import build_norm
@@ -55,6 +69,8 @@ def install() -> None:
         optimizer_class._set_main_param_and_optimizer_states
     )
     _repair_bucket_ends(optimizer_class)
+    _repair_reshardable_state(optimizer_class)
+    _repair_number_of_optimizers(ChainedOptimizer)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _repair_adam_state(optimizer_class)
     _repair_synchronous_save(TorchDistSaveShardedStrategy)
@@ -100,6 +116,80 @@ def _repair_bucket_ends(optimizer_class: Any) -> None:
         return result
 
     optimizer_class._compute_per_buffer_param_layout = staticmethod(layout)
+
+
+def _repair_reshardable_state(optimizer_class: Any) -> None:
+    original_sharded_state = optimizer_class.sharded_param_state_fully_reshardable
+    original_gather = optimizer_class.get_parameter_state_dp_zero
+
+    @functools.wraps(original_sharded_state)
+    def sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Only here: the older formats want what is gathered without padding.
+        self.get_parameter_state_dp_zero = lambda *a, **k: _with_padding(original_gather(self, *a, **k), self.buffers)
+        try:
+            return original_sharded_state(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    optimizer_class.sharded_param_state_fully_reshardable = sharded_state
+
+
+def _with_padding(state: dict | None, buffers: list[Any]) -> dict | None:
+    """Gathered optimizer state, laid out as in the buffers: every bucket where it begins there."""
+    for index, buffer in enumerate(buffers if state is not None else ()):
+        if all(bucket.numel_unpadded == bucket.grad_data.numel() for bucket in buffer.buckets[:-1]):
+            continue
+        for tensors in state[index].values():
+            for key, dense in tensors.items():
+                if isinstance(dense, torch.Tensor) and dense.numel() < buffer.numel:
+                    tensors[key] = _spread(dense, buffer)
+    return state
+
+
+def _spread(dense: torch.Tensor, buffer: Any) -> torch.Tensor:
+    padded, start = dense.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        end = start + bucket.numel_unpadded
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = dense[start:end]
+        start = end
+    return padded
+
+
+def _repair_number_of_optimizers(chained_class: Any) -> None:
+    original_load_state_dict = chained_class.load_state_dict
+
+    @functools.wraps(original_load_state_dict)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        original_load_state_dict(self, _regrouped(state_dict, len(self.chained_optimizers)))
+
+    chained_class.load_state_dict = load_state_dict
+
+
+def _regrouped(state: Any, count: int) -> Any:
+    """State for ``count`` optimizers, where another number of them saved what is not sharded.
+
+    That lies in the dictionary itself for one optimizer, below a number for each of several; likewise the sharded
+    ``param_state``, which is always as this run wants it.
+    """
+    if not isinstance(state, dict):
+        return state
+    parts = {key: part for key, part in state.items() if isinstance(key, int)}
+    saved = [part for part in (state, *parts.values()) if "optimizer" in part]
+    wanted = [state] if count == 1 else [parts.get(index, {}) for index in range(count)]
+    if len(saved) in (0, count) or any("param_state" not in part for part in wanted):
+        return state
+    common = {key: value for key, value in saved[0].items() if not isinstance(key, int)}
+    # Megatron takes the group that fits; what was a group of experts for one run may be none for the other.
+    common["optimizer"] = common["optimizer"] | {
+        "param_groups": [
+            {**group, "is_expert_parallel": flag}
+            for part in saved
+            for group in part["optimizer"]["param_groups"]
+            for flag in (False, True)
+        ]
+    }
+    regrouped = [{**common, "param_state": part["param_state"]} for part in wanted]
+    return regrouped[0] if count == 1 else dict(enumerate(regrouped))
 
 
 def _repair_synchronous_save(strategy_class: Any) -> None:
