@@ -3,14 +3,15 @@
 A block is the unit whose conflict is resolved on its own. Blocks are named after parameters in the whole model, so
 that a name means the same on every rank and layout: random draws, state and logs go by it.
 
-Legend: B blocks of this rank's pipeline stage; every rank of a stage lists the same blocks in the same order.
+Legend: B blocks of this rank's pipeline stage. Every rank that adds its inner products to those of others must list the
+same blocks in the same order; expert-parallel ranks hold different ones at first, hence :meth:`BlockMap.renumbered`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,19 +65,57 @@ class BlockMap:
     tied_blocks: list[int]
     replicated_blocks: list[int]
 
+    def by_bucket(self, number: int) -> list[list[Segment]]:
+        """Segments of each of a number of buckets."""
+        found: list[list[Segment]] = [[] for _ in range(number)]
+        for segment in self.segments:
+            found[segment.bucket].append(segment)
+        return found
+
+    def renumbered(self, names: Sequence[str]) -> BlockMap:
+        """The same for another list of names, which holds all of this one's."""
+        place = {name: index for index, name in enumerate(names)}
+        new = [place[name] for name in self.names]
+        return replace(
+            self,
+            names=list(names),
+            segments=[replace(segment, block=new[segment.block]) for segment in self.segments],
+            tied_blocks=[new[block] for block in self.tied_blocks],
+            replicated_blocks=[new[block] for block in self.replicated_blocks],
+        )
+
 
 @dataclass(frozen=True)
 class ModelRank:
-    """This rank's place among the ranks that share a model replica, and its data-parallel slot."""
+    """This rank's place among the ranks that share a model replica.
+
+    Attributes:
+        tp, pp: tensor- and pipeline-parallel rank.
+        expert_tp: tensor-parallel rank for the weights of experts.
+    """
 
     tp: int
     pp: int
-    slot: int
+    expert_tp: int
+
+
+@dataclass(frozen=True)
+class BucketSpans:
+    """What lies in one bucket, and which part of it is this rank's.
+
+    Attributes:
+        parameters: (parameter, start, end) inside the whole bucket, in memory order.
+        shard_size: elements of a shard.
+        shard: index of this rank's.
+    """
+
+    parameters: Sequence[tuple[torch.nn.Parameter, int, int]]
+    shard_size: int
+    shard: int
 
 
 def build_block_map(
-    buckets: Sequence[Sequence[tuple[torch.nn.Parameter, int, int]]],
-    shard_sizes: Sequence[int],
+    buckets: Sequence[BucketSpans],
     traits: dict[torch.nn.Parameter, ParameterTraits],
     granularity: str,
     scope: str,
@@ -85,8 +124,7 @@ def build_block_map(
     """Cut this rank's shards into segments.
 
     Args:
-        buckets: per bucket, (parameter, start, end) inside the whole bucket, in memory order.
-        shard_sizes: elements of a shard of each bucket.
+        buckets: of all model chunks of this rank.
         traits: of every parameter in the buckets.
         granularity, scope: see :class:`~megatron_moo.distributed.config.MooConfig`.
         rank: where this rank is.
@@ -96,9 +134,10 @@ def build_block_map(
     partial: list[PartialSpan] = []
     tied_blocks: set[int] = set()
     replicated_blocks: set[int] = set()
-    for index, (params, size) in enumerate(zip(buckets, shard_sizes, strict=True)):
-        bucket_name = _bucket_name([traits[param].name for param, _, _ in params])
-        for param, start, end in params:
+    for index, bucket in enumerate(buckets):
+        bucket_name = _bucket_name([traits[param].name for param, _, _ in bucket.parameters])
+        size, first = bucket.shard_size, bucket.shard * bucket.shard_size
+        for param, start, end in bucket.parameters:
             trait = traits[param]
             name = _block_name(trait, bucket_name, granularity)
             if scope == "local":
@@ -109,13 +148,13 @@ def build_block_map(
                 tied_blocks.add(block)
             if scope == "local" and not trait.tensor_parallel:
                 replicated_blocks.add(block)
-            start, end = max(start - rank.slot * size, 0), min(end - rank.slot * size, size)
+            start, end = max(start - first, 0), min(end - first, size)
             if start >= end:
                 continue
             segments.append(Segment(index, start, end, block, _counted(trait, granularity, scope, rank)))
             if trait.tp_reduction:
                 partial.append(PartialSpan(index, start, end, trait.tp_reduction))
-    tied = [i for i, params in enumerate(buckets) if any(traits[param].tied for param, _, _ in params)]
+    tied = [i for i, bucket in enumerate(buckets) if any(traits[param].tied for param, _, _ in bucket.parameters)]
     return BlockMap(list(names), _merge(segments), partial, tied, sorted(tied_blocks), sorted(replicated_blocks))
 
 
@@ -139,13 +178,15 @@ def _local_name(name: str, trait: ParameterTraits, rank: ModelRank) -> str:
         name = TIED_EMBEDDING
     elif name == "model":
         name = f"model@pp{rank.pp}"
-    return f"{name}@tp{rank.tp}" if trait.tensor_parallel else f"{name}@replicated"
+    if not trait.tensor_parallel:
+        return f"{name}@replicated"
+    return f"{name}@tp{rank.expert_tp if trait.expert else rank.tp}"
 
 
 def _counted(trait: ParameterTraits, granularity: str, scope: str, rank: ModelRank) -> bool:
     if scope == "local":
         return True
-    if not trait.tensor_parallel and rank.tp != 0:
+    if not trait.tensor_parallel and (rank.expert_tp if trait.expert else rank.tp) != 0:
         return False
     return not (granularity == "model" and trait.copy)
 

@@ -12,10 +12,14 @@ from megatron_moo.aggregation import Aggregator, build_aggregator
 Granularity = Literal["bucket", "layer", "tensor", "model"]
 Scope = Literal["global", "local"]
 PreferenceKind = Literal["tokens", "slots", "uniform", "given"]
+WaveMemory = Literal["device", "host"]
+NonFinite = Literal["quarantine", "pass"]
 
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 SCOPES: tuple[str, ...] = get_args(Scope)
 PREFERENCES: tuple[str, ...] = get_args(PreferenceKind)
+WAVE_MEMORIES: tuple[str, ...] = get_args(WaveMemory)
+NON_FINITE: tuple[str, ...] = get_args(NonFinite)
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,15 @@ class MooConfig:
             tokens in the step (stock Megatron with ``--calculate-per-token-loss``), ``slots`` by its number of
             gradient rows (stock Megatron without), ``uniform`` equally, ``given`` by ``preference_weights``.
         preference_weights: one non-negative number per objective, for ``preference="given"``.
+        active: objectives of a step, a rotating subset of all K; ``assign`` chooses which. Default: all.
         waves: forward/backward passes per step; each slot works on one objective per wave. Default: as few as
-            give every objective a slot, ``ceil(K / slots)``.
+            give every objective of the step a slot, ``ceil((active or K) / slots)``.
+        wave_memory: where the rows of all waves but the last are kept: ``device``, or ``host`` (one bucket at a time
+            comes back; two copies over the bus per row).
+        nonfinite: what happens to an objective whose gradient is not finite. ``quarantine`` leaves it out of the step,
+            in all blocks; ``pass`` hands the value on. With fp16 it is always handed on, to the loss scaler.
+        max_quarantined: steps in a row that an objective may be left out; one more stops the run.
+        check_assignment: compare the assignment over all ranks before every step, not only before the first.
         seed: seeds the random choices of methods (with the step and the block).
 
     Raises:
@@ -52,7 +63,12 @@ class MooConfig:
     scope: Scope = "global"
     preference: PreferenceKind = "slots"
     preference_weights: Sequence[float] | None = None
+    active: int | None = None
     waves: int | None = None
+    wave_memory: WaveMemory = "device"
+    nonfinite: NonFinite = "quarantine"
+    max_quarantined: int = 5
+    check_assignment: bool = False
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -62,11 +78,19 @@ class MooConfig:
             ("granularity", self.granularity, GRANULARITIES),
             ("scope", self.scope, SCOPES),
             ("preference", self.preference, PREFERENCES),
+            ("wave_memory", self.wave_memory, WAVE_MEMORIES),
+            ("nonfinite", self.nonfinite, NON_FINITE),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; found {value!r}")
         if self.waves is not None and self.waves < 1:
             raise ValueError(f"waves must be at least 1, found {self.waves}")
+        if self.max_quarantined < 0:
+            raise ValueError(f"max_quarantined must not be negative, found {self.max_quarantined}")
+        if self.active is not None and not 1 <= self.active <= len(self.objectives):
+            raise ValueError(
+                f"active must be from 1 to the number of objectives ({len(self.objectives)}), found {self.active}"
+            )
         self._check_preference_weights()
 
     def _check_preference_weights(self) -> None:
@@ -95,16 +119,28 @@ class MooConfig:
         """Refuse what ``slots`` data-parallel slots cannot give.
 
         Raises:
-            ValueError: if noise is to be measured, but no objective has two rows in a step.
+            ValueError: if a step has fewer rows than active objectives, or noise is to be measured, but no objective
+                has two rows in a step.
         """
         rows = self.waves_for(slots) * slots
-        if self.build_aggregator().uses_noise and rows <= len(self.objectives):
+        if self.active is not None and rows < self.active:
+            raise ValueError(
+                f"active (--moo-active) asks for {self.active} objectives in a step, but it has {rows} rows ({slots} "
+                f"slots x {self.waves_for(slots)} waves); set waves (--moo-waves) to {math.ceil(self.active / slots)} "
+                f"or active to {rows}"
+            )
+        if self.build_aggregator().uses_noise and rows <= self.step_objectives:
             raise ValueError(
                 f"noise is measured between rows of one objective, but a step has {rows} rows ({slots} slots x "
-                f"{self.waves_for(slots)} waves) for {len(self.objectives)} objectives; set waves (--moo-waves) to "
-                f"{math.ceil(2 * len(self.objectives) / slots)} for two rows each, or drop unbiased, shrink and gate"
+                f"{self.waves_for(slots)} waves) for {self.step_objectives} objectives; set waves (--moo-waves) to "
+                f"{math.ceil(2 * self.step_objectives / slots)} for two rows each, or drop unbiased, shrink and gate"
             )
 
+    @property
+    def step_objectives(self) -> int:
+        """Objectives that a step is made for."""
+        return self.active or len(self.objectives)
+
     def waves_for(self, slots: int) -> int:
-        """Waves of a step on ``slots`` data-parallel slots."""
-        return self.waves if self.waves is not None else math.ceil(len(self.objectives) / slots)
+        """Waves of a step on ``slots`` slots."""
+        return self.waves if self.waves is not None else math.ceil(self.step_objectives / slots)

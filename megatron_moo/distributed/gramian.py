@@ -16,7 +16,8 @@ Numerics: fp32 products and sums over CHUNK columns at most, no TF32; everything
 order every time: runs repeat to the bit. A non-finite element of a row spoils only the products of its own half row in
 its own block.
 
-Legend: B blocks, W waves, D slots, R = W * D rows, H half rows, N elements of a shard, n products of one piece.
+Legend: B blocks, W waves, S ranks of a bucket's group, R = W * S rows, H half rows, N elements of a shard, n products
+of one piece.
 """
 
 from __future__ import annotations
@@ -54,27 +55,34 @@ class ShardGramian:
     Args:
         blocks: the segments; those not counted are skipped.
         shard_sizes: N of every bucket.
-        device: where the rows are.
+        device: where the products are taken.
+        first: number of the first bucket in ``blocks``; those of other process groups have a Gramian of their own.
     """
 
-    def __init__(self, blocks: BlockMap, shard_sizes: Sequence[int], device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        blocks: BlockMap,
+        shard_sizes: Sequence[int],
+        device: torch.device | str | None = None,
+        first: int = 0,
+    ) -> None:
         self._num_blocks = len(blocks.names)
         by_bucket: list[list[Segment]] = [[] for _ in shard_sizes]
         for segment in blocks.segments:
-            if segment.counted:
-                by_bucket[segment.bucket].append(segment)
+            if segment.counted and first <= segment.bucket < first + len(shard_sizes):
+                by_bucket[segment.bucket - first].append(segment)
         self._cuts = [
             _cut(segments, size, self._num_blocks, torch.device(device or "cpu"))
             for segments, size in zip(by_bucket, shard_sizes, strict=True)
         ]
 
-    def __call__(self, rows: Sequence[Rows], plan: RowPlan) -> torch.Tensor:
+    def __call__(self, rows: Iterable[Rows], plan: RowPlan) -> torch.Tensor:
         """Gramian of this rank's elements, before any reduction over ranks.
 
         Beside its result it takes memory for PIECE elements of all rows, or for a cell of every row if that is more.
 
         Args:
-            rows: per bucket, W tensors [D, N], fp32 or bf16, elements of a row next to each other.
+            rows: per bucket, W tensors [S, N], fp32 or bf16, elements of a row next to each other; taken one by one.
             plan: which half row each row belongs to.
 
         Returns:
@@ -171,7 +179,7 @@ def _runs(owners: Sequence[int], dump: int, gap: int) -> list[tuple[int, int]]:
 def _pieces(
     waves: Rows, cells: _Cells, windows: Sequence[_Windows], plan: RowPlan
 ) -> Iterator[tuple[list[torch.Tensor], int, torch.Tensor]]:
-    """One bucket's pieces: columns of every wave [D, n * width], the width, the blocks [n]."""
+    """One bucket's pieces: columns of every wave [S, n * width], the width, the blocks [n]."""
     num_rows = plan.half_R.numel()
     results = PIECE // plan.num_halves**2  # bounded like the rows: for many rows they take as much
     budget = COPIED[waves[0].device.type != "cpu"]
@@ -197,15 +205,15 @@ def _pieces(
 
 
 def _gather(wave: torch.Tensor, windows: _Windows, part: slice) -> torch.Tensor:
-    """Columns of some windows, [D, n * width]; zero outside a window's own span."""
-    slots, size = wave.shape
+    """Columns of some windows, [S, n * width]; zero outside a window's own span."""
+    ranks, size = wave.shape
     width, start_n = windows.width, windows.start_n[part]
     assert wave.stride(1) == 1 or size == 1, "elements of a row must be next to each other"
     # Every window of the memory as a row of a matrix (they overlap, nothing is copied): selecting rows copies runs of
     # elements, which is many times faster than picking single ones.
-    everywhere = wave.as_strided(((slots - 1) * wave.stride(0) + size - width + 1, width), (1, 1))
-    slot_D = torch.arange(slots, device=wave.device) * wave.stride(0)
-    gathered = everywhere.index_select(0, (slot_D[:, None] + start_n).flatten()).view(slots, -1, width)
+    everywhere = wave.as_strided(((ranks - 1) * wave.stride(0) + size - width + 1, width), (1, 1))
+    rank_S = torch.arange(ranks, device=wave.device) * wave.stride(0)
+    gathered = everywhere.index_select(0, (rank_S[:, None] + start_n).flatten()).view(ranks, -1, width)
     if windows.low_n is None:
         return gathered.flatten(1)
     column = torch.arange(width, device=wave.device)

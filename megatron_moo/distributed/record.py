@@ -26,6 +26,7 @@ class StepRecord:
         count_K: tokens (or rows, without per-token loss) of each objective in the step.
         kkt_residual_B: how far each block's solution is from optimal, for methods that solve a program.
         gated_BKK: pairs whose conflict was left alone as noise, if the noise gate is on.
+        quarantined_K: objectives left out because their gradient was not finite.
     """
 
     step: int
@@ -39,6 +40,7 @@ class StepRecord:
     count_K: torch.Tensor
     kkt_residual_B: torch.Tensor | None = None
     gated_BKK: torch.Tensor | None = None
+    quarantined_K: torch.Tensor | None = None
 
     def cosine_BKK(self) -> torch.Tensor:
         """Cosines between objectives; NaN where one took no part or its gradient is zero."""

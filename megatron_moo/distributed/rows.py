@@ -1,35 +1,39 @@
 """Which rows belong to which objective, and the arithmetic on rows: fix-ups and combination (Gramian: gramian.py).
 
-A step leaves R = W * D rows, one per wave and slot. Rows of one objective are summed and divided by the objective's
-own count (tokens, or rows where Megatron already averaged). For the noise control every objective's rows are summed
-in two halves: the inner product of two halves of one language shows how much of a cosine is sampling noise.
-Everything that crosses ranks is a [B, H, H] array of products of the H half rows, H <= min(R, 2K).
+A step leaves W rows for each of the S ranks over which a bucket is reduced, one per wave and rank; a row is of the
+objective of its rank's slot. Rows of one objective are summed and divided by the objective's own count (tokens, or rows
+where Megatron already averaged). For the noise control every objective's rows are summed in two halves: the inner
+product of two halves of one language shows how much of a cosine is sampling noise. The rows of one slot in one wave
+stay in one half: its ranks hold parts of the same samples (context parallelism), or an expert's gradient has mixed
+theirs. Everything that crosses ranks is a [B, H, H] array of products of the H half rows, H <= min(R, 2K).
 
-Legend: B blocks, K objectives, W waves, D slots, R = W * D rows, H half rows, N elements of a shard.
+Legend: B blocks, K objectives, W waves, D slots, S ranks of a bucket's group, R = W * S rows, H half rows, N elements
+of a shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_moo.distributed.blocks import BlockMap, PartialSpan, Segment
+from megatron_moo.distributed.blocks import PartialSpan, Segment
 
-# Columns of one fp32 product before results are added up in fp64: keeps rounding at that of a short sum whatever the
-# size of a shard. Several products are one batched call, of at most PIECE elements of all rows together: the temporary
-# memory (16 MiB in fp32, or one CHUNK of every row if that is more) does not grow with slots and waves.
-CHUNK = 32768
+# Elements that a product copies or results in: the temporary memory (16 MiB in fp32) does not grow with slots or waves.
 PIECE = 2**22
+# On the CPU, columns of one product: its result must stay in the core's cache until it is written back.
+CPU_COLUMNS = 2**16
 
-Rows = Sequence[torch.Tensor]  # W tensors [D, N] of one bucket
+Rows = Sequence[torch.Tensor]  # W tensors [S, N] of one bucket
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The rows of one step.
+    """The rows of one step in the buckets of one process group.
+
+    Plans of one step for several groups differ in their rows, not in their half rows.
 
     Attributes:
         objective_R: objective id of each row, wave-major.
@@ -53,28 +57,51 @@ class RowPlan:
     in_place: bool
 
     @classmethod
-    def from_assignment(cls, assignment: Sequence[Sequence[int]], num_objectives: int, device=None) -> RowPlan:
-        """Plan for ``assignment[wave][slot]`` -> objective id in [0, K)."""
-        objective = [int(k) for wave in assignment for k in wave]
-        seen = [0] * num_objectives
-        pairs = []
-        for k in objective:
-            pairs.append((k, seen[k] % 2))
-            seen[k] += 1
+    def from_assignment(
+        cls,
+        assignment: Sequence[Sequence[int]],
+        num_objectives: int,
+        device: torch.device | str | None = None,
+        members: Sequence[int] | None = None,
+    ) -> RowPlan:
+        """Plan for a step.
+
+        Args:
+            assignment: ``assignment[wave][slot]`` is an objective id in [0, K).
+            num_objectives: K.
+            device: of the plan's tensors.
+            members: slot of every rank of the group; each slot must occur. Default: every rank is a slot.
+        """
+        members = range(len(assignment[0])) if members is None else members
+        times = [0] * num_objectives  # that a slot has worked on each objective so far
+        halves: list[list[tuple[int, int]]] = []
+        for wave in assignment:
+            halves.append([])
+            for k in map(int, wave):
+                halves[-1].append((k, times[k] % 2))
+                times[k] += 1
+        pairs = [wave[slot] for wave in halves for slot in members]
         order = sorted(set(pairs))
-        members = [[r for r, found in enumerate(pairs) if found == pair] for pair in order]
-        longest = sorted(range(len(order)), key=lambda h: -len(members[h]))
-        ranks = [[members[h][i] for h in longest if i < len(members[h])] for i in range(max(map(len, members)))]
-        place = [longest.index(h) for h in range(len(order))] if len(ranks) > 1 else [rows[0] for rows in members]
+        number = {pair: h for h, pair in enumerate(order)}
+        rows: list[list[int]] = [[] for _ in order]
+        for r, pair in enumerate(pairs):
+            rows[number[pair]].append(r)
+        longest = sorted(range(len(order)), key=lambda h: -len(rows[h]))
+        ranks = [[rows[h][i] for h in longest if i < len(rows[h])] for i in range(max(map(len, rows)))]
+        folding = {h: place for place, h in enumerate(longest)}
+        place_H = [folding[h] if len(ranks) > 1 else rows[h][0] for h in range(len(order))]
+        count_K = [0] * num_objectives
+        for k, _ in pairs:
+            count_K[k] += 1
         return cls(
-            torch.tensor(objective, device=device),
-            torch.tensor([order.index(pair) for pair in pairs], device=device),
+            torch.tensor([k for k, _ in pairs], device=device),
+            torch.tensor([number[pair] for pair in pairs], device=device),
             torch.tensor([k for k, _ in order], device=device),
-            torch.tensor(seen, device=device),
+            torch.tensor(count_K, device=device),
             torch.tensor([r for rank in ranks for r in rank], device=device),
             [len(rank) for rank in ranks],
-            torch.tensor(place, device=device),
-            place == list(range(len(place))),
+            torch.tensor(place_H, device=device),
+            place_H == list(range(len(place_H))),
         )
 
     @property
@@ -103,7 +130,8 @@ def reduce_partial_rows(rows: Sequence[Rows], spans: Sequence[PartialSpan], grou
         ]
         if not views:
             continue
-        flat = torch.cat([view.reshape(-1) for view in views])
+        device = views[-1].device  # of the last wave's rows; earlier ones may be kept on the host
+        flat = torch.cat([view.reshape(-1).to(device) for view in views])
         dist.all_reduce(flat, group=group)
         if reduction == "mean":
             flat /= group.size()
@@ -120,38 +148,50 @@ def reduce_tied_rows(rows: Sequence[Rows], tied_buckets: Sequence[int], group: d
         return
     for bucket in tied_buckets:
         for wave in rows[bucket]:
-            dist.all_reduce(wave, group=group)
+            here = wave.to(rows[bucket][-1].device)
+            dist.all_reduce(here, group=group)
+            if here is not wave:
+                wave.copy_(here)
 
 
-def _pieces(segment: Segment, num_rows: int) -> Iterator[tuple[int, int]]:
-    """Spans of whole chunks, PIECE elements of all rows at most: what is copied to fp32 at a time."""
-    columns = max(PIECE // (num_rows * CHUNK), 1) * CHUNK
-    for start in range(segment.start, segment.end, columns):
-        yield start, min(start + columns, segment.end)
-
-
-def combine(
-    rows: Sequence[Rows], blocks: BlockMap, coefficients_BR: torch.Tensor, shards: Sequence[torch.Tensor]
-) -> None:
-    """Write sum_r c[b, r] row_r into the optimizer's shard of every bucket.
-
-    The shards lie in the memory of the last wave's rows; a bucket's result is complete before it is copied there.
+def drop_rows(rows: Iterable[Rows], dropped: Sequence[int]) -> None:
+    """Set rows to zero, in place: what is not finite would stay so however small its coefficient.
 
     Args:
-        rows: per bucket, W tensors [D, N].
-        blocks: the segments to fill; elements of no segment (padding) become zero.
-        coefficients_BR: one coefficient per block and row.
-        shards: per bucket, the destination [N].
+        rows: of buckets of one process group.
+        dropped: numbers of rows, wave-major.
     """
-    slots = rows[0][0].shape[0]
-    by_bucket: list[list] = [[] for _ in rows]
-    for segment in blocks.segments:
-        by_bucket[segment.bucket].append(segment)
-    for waves, segments, shard in zip(rows, by_bucket, shards, strict=True):
-        combined = torch.zeros(shard.numel(), dtype=torch.float32, device=shard.device)
-        for segment in segments:
-            coefficients_WD = coefficients_BR[segment.block].float().split(slots)
-            for start, end in _pieces(segment, slots):
-                for wave, coefficients_D in zip(waves, coefficients_WD, strict=True):
-                    combined[start:end] += coefficients_D @ wave[:, start:end].float()
-        shard.copy_(combined)
+    for waves in rows:
+        for r in dropped:
+            wave, rank = divmod(r, waves[0].shape[0])
+            waves[wave][rank].zero_()
+
+
+def combine(waves: Rows, segments: Sequence[Segment], coefficients_BR: torch.Tensor, shard: torch.Tensor) -> None:
+    """Write sum_r c[b, r] row_r into the shard of one bucket.
+
+    The shard is a part of the last wave's rows. No row is read once it is overwritten: a column of the result is made
+    of the same column of the rows.
+
+    Args:
+        waves: W tensors [S, N].
+        segments: of this bucket. Elements of no segment are padding: zero in every row, and left so.
+        coefficients_BR: one coefficient per block and row.
+        shard: the destination [N].
+    """
+    ranks = waves[0].shape[0]
+    coefficients_BR = coefficients_BR.float()
+    columns = PIECE // (1 if waves[0].dtype == torch.float32 else ranks)
+    columns = CPU_COLUMNS if shard.device.type == "cpu" else max(columns, 1)
+    for segment in segments:
+        coefficients_WS = coefficients_BR[segment.block].split(ranks)
+        for start, end in _pieces(segment, columns):
+            combined = coefficients_WS[0] @ waves[0][:, start:end].float()
+            for wave, coefficients_S in zip(waves[1:], coefficients_WS[1:], strict=True):
+                combined += coefficients_S @ wave[:, start:end].float()
+            shard[start:end].copy_(combined)
+
+
+def _pieces(segment: Segment, columns: int) -> Iterator[tuple[int, int]]:
+    for start in range(segment.start, segment.end, columns):
+        yield start, min(start + columns, segment.end)

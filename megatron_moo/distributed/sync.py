@@ -6,34 +6,38 @@
 the way and reads like the line above. Nothing after it (clipping, optimizer, parameter gather, checkpoints) knows
 that anything happened.
 
-Legend: B blocks, K objectives, W waves, D slots, R = W * D rows, H half rows, N elements of a shard.
+Legend: B blocks, K objectives, W waves, D slots, S data (x context) parallel ranks, R = W * S rows, H half rows, N
+elements of a shard.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_moo.aggregation import NoiseAware, RowNoise, fold_rows, layers
-from megatron_moo.distributed import upstream
-from megatron_moo.distributed.blocks import ModelRank, build_block_map
+from megatron_moo.aggregation import NoiseAware, layers
+from megatron_moo.distributed import state, upstream
+from megatron_moo.distributed.blocks import BlockMap, ModelRank, build_block_map
+from megatron_moo.distributed.buckets import BucketSize, exchange_buckets
 from megatron_moo.distributed.config import MooConfig
-from megatron_moo.distributed.exchange import Exchange, ExchangeBucketGroup
+from megatron_moo.distributed.exchange import Exchange
+from megatron_moo.distributed.faults import Quarantine, check_agreement, spoilt_objectives
 from megatron_moo.distributed.gramian import ShardGramian
 from megatron_moo.distributed.record import StepRecord
 from megatron_moo.distributed.rows import (
     RowPlan,
     combine,
+    drop_rows,
     reduce_partial_rows,
     reduce_tied_rows,
 )
+from megatron_moo.distributed.slots import SlotMap
+from megatron_moo.distributed.weights import Losses, WeightSolver
 
 Assign = Callable[[int], Sequence[Sequence[int]]]
-Losses = Callable[[], torch.Tensor | None]
 
 
 def install(
@@ -46,35 +50,26 @@ def install(
         moo = install(model, MooConfig(objectives=["en", "sw"], method="cagrad"), assign)
 
     It replaces the bucket groups of the chunks and sets ``finalize_model_grads_func`` of the model's config. With
-    more objectives than data-parallel slots, wrap the schedule too: ``forward_backward = moo.waves(forward_backward)``.
+    more objectives than slots, wrap the schedule too: ``forward_backward = moo.waves(forward_backward)``.
 
     Args:
         model_chunks: this rank's chunks, each wrapped in Megatron's DistributedDataParallel.
         config: method, granularity, preference, ...
         assign: ``assign(step)[wave][slot]`` is the id of the objective that slot works on, a pure function and the
-            same on every rank; your data loader must deliver accordingly.
+            same on every rank; your data loader must deliver accordingly. This rank's slot is ``moo.slot``: its
+            data-parallel rank, unless experts make several of those one slot (:mod:`megatron_moo.distributed.slots`).
         losses: for methods that work with losses: ``losses()`` gives this rank's [K, 2] sums over the step so far, of
             token losses and of tokens; None, or zeros, where it sees no loss (earlier pipeline stages).
 
     Raises:
         ValueError: for a layout or method that is not supported; names option, reason and remedy.
+        RuntimeError: ranks were given different configurations or assignments.
     """
     chunks = list(model_chunks)
     if problems := upstream.unsupported(chunks):
         raise ValueError("megatron_moo cannot be installed here:\n- " + "\n- ".join(problems))
-    if not upstream.every_stage_trains(chunks):
-        raise ValueError(
-            "a pipeline stage has no trainable parameter: it has no gradient bucket to exchange; move the pipeline "
-            "cut, or train something on every stage"
-        )
-    model_config = upstream.get_model_config(chunks[0])
-    if model_config.finalize_model_grads_func is not None:
-        raise ValueError(
-            f"config.finalize_model_grads_func is already set to {model_config.finalize_model_grads_func!r}: it would "
-            "run instead of the combination; leave it unset"
-        )
     moo = BucketLevelMoo(chunks, config, assign, losses)
-    model_config.finalize_model_grads_func = moo.finalize_model_grads
+    upstream.get_model_config(chunks[0]).finalize_model_grads_func = moo.finalize_model_grads
     return moo
 
 
@@ -87,61 +82,89 @@ class BucketLevelMoo:
             steps sets it before each step.
         aggregator: the method.
         blocks: names of this pipeline stage's blocks.
+        slots: D.
+        slot: this rank's.
         num_waves: W.
         record: what the last step resolved, or None before the first.
     """
 
     def __init__(self, chunks: list[torch.nn.Module], config: MooConfig, assign: Assign, losses: Losses | None) -> None:
         ddp = chunks[0]
+        self._dp_group, self._tp_group, self._pp_group = ddp.intra_dp_cp_group, ddp.tp_group, ddp.pp_group
+        self._all_groups = (self._dp_group, self._tp_group, self._pp_group)
+        check_agreement("the configuration", repr(config), self._all_groups)
         self.config = config
         self.step = 0
         self.record: StepRecord | None = None
         self.aggregator = config.build_aggregator()
         if self.aggregator.needs_losses and losses is None:
             raise ValueError(f"{self.aggregator!r} works with losses: give install(..., losses=...)")
-        self._assign, self._losses = assign, losses
+        self._assign = assign
         self._model_config = upstream.get_model_config(ddp)
         if config.preference == "tokens" and not self._model_config.calculate_per_token_loss:
             raise ValueError(
                 "preference='tokens' needs token counts, which Megatron's schedules hand on only with "
                 "--calculate-per-token-loss; add it, or use preference='slots'"
             )
-        self._dp_group, self._tp_group, self._pp_group = ddp.intra_dp_cp_group, ddp.tp_group, ddp.pp_group
-        self._slots = self._dp_group.size()
-        config.check_slots(self._slots)
-        self.num_waves = config.waves_for(self._slots)
-        self._exchange = Exchange(self.num_waves)
-        self._buckets: list[tuple[ExchangeBucketGroup, int]] = []
+        slot_map = _find_slots(ddp)
+        self.slots, self.slot = slot_map.count, slot_map.mine
+        self._members = slot_map.dense_members
+        config.check_slots(self.slots)
+        self.num_waves = config.waves_for(self.slots)
+        # With fp16 an overflow is the loss scaler's to see: it skips the step and lowers the scale.
+        self._quarantines = config.nonfinite == "quarantine" and not self._model_config.fp16
+        self._exchange = Exchange(
+            self.num_waves, keep_on_host=config.wave_memory == "host", check_finite=not self._quarantines
+        )
         self._tokens_W: list[torch.Tensor] = []
         self._waves_run = False
-        self._state_before: tuple[int, dict[str, torch.Tensor]] | None = None
-        params = self._replace_groups(chunks)
-        traits = {param: trait for chunk in chunks for param, trait in upstream.parameter_traits(chunk).items()}
-        shard_sizes = [group.shard(group.buckets[i]).numel() for group, i in self._buckets]
-        self._block_map = build_block_map(
-            params,
-            shard_sizes,
-            traits,
-            config.granularity,
-            config.scope,
-            ModelRank(self._tp_group.rank(), self._pp_group.rank(), self._dp_group.rank()),
-        )
+        self._agreed = -1  # the last step whose assignment was compared
+        self._quarantine = Quarantine(config.objectives, config.max_quarantined)
+        self._sets = exchange_buckets(chunks, self._exchange, slot_map)
+        self._device = next(shard.device for bucket_set in self._sets for shard in bucket_set.shards())
+        self._block_map = self._map_blocks(chunks)
         self.blocks = self._block_map.names
-        self._device = self._buckets[0][0].buckets[0].grad_data.device
-        self._local_gramian = ShardGramian(self._block_map, shard_sizes, self._device)
-        for group in {id(group): group for group, _ in self._buckets}.values():
-            group.reserve()
+        self._segments = self._block_map.by_bucket(sum(len(bucket_set.spans) for bucket_set in self._sets))
+        self._solver = WeightSolver(
+            config, self.aggregator, self._block_map, self._tp_group, (self._dp_group, self._pp_group), losses
+        )
+        self._gramians = [
+            ShardGramian(self._block_map, bucket_set.shard_sizes, self._device, bucket_set.first)
+            for bucket_set in self._sets
+        ]
 
-    def _replace_groups(self, chunks: list[torch.nn.Module]) -> list[list[tuple[torch.nn.Parameter, int, int]]]:
-        params = []
-        for chunk in chunks:
-            owner = {id(bucket): buffer for buffer in chunk.buffers for bucket in buffer.buckets}
-            groups = upstream.replace_bucket_groups(chunk, lambda group: ExchangeBucketGroup(group, self._exchange))
-            for group in groups:
-                for i, bucket in enumerate(group.buckets):
-                    self._buckets.append((group, i))
-                    params.append(list(upstream.bucket_parameters(owner[id(bucket)], bucket)))
-        return params
+    def _map_blocks(self, chunks: list[torch.nn.Module]) -> BlockMap:
+        expert_tp = upstream.expert_tensor_group(chunks[0]).rank()
+        spans = [span for bucket_set in self._sets for span in bucket_set.spans]
+        blocks = build_block_map(
+            spans,
+            {param: trait for chunk in chunks for param, trait in upstream.parameter_traits(chunk).items()},
+            self.config.granularity,
+            self.config.scope,
+            ModelRank(self._tp_group.rank(), self._pp_group.rank(), expert_tp),
+        )
+        shared = [spans[bucket] for bucket in blocks.tied_buckets if len(spans[bucket].parameters) > 1]
+        if shared and self._pp_group.size() > 1:
+            raise ValueError(
+                "the tied embedding lies in one bucket with other parameters, so that its two copies would not meet: "
+                f"without the distributed optimizer Megatron makes such buckets; {upstream.PADDING_REMEDY}"
+            )
+        # Expert-parallel ranks hold different experts; the Gramians that are added up must list all of them.
+        names = blocks.names
+        for group in (self._dp_group, *([self._tp_group] if self.config.scope == "global" else [])):
+            parts: list[Any] = [None] * group.size()
+            dist.all_gather_object(parts, names, group=group)
+            names = list(dict.fromkeys(name for part in parts for name in part))
+        return blocks.renumbered(names)
+
+    @property
+    def quarantined_steps(self) -> dict[str, int]:
+        """Objective -> steps of this process in which it was left out because its gradient was not finite."""
+        return dict(self._quarantine.total)
+
+    def buckets(self) -> list[BucketSize]:
+        """Sizes of this rank's gradient buckets."""
+        return [size for bucket_set in self._sets for size in bucket_set.sizes()]
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -152,6 +175,8 @@ class BucketLevelMoo:
         """
 
         def run(*, num_microbatches: int, model: Any, forward_only: bool = False, **kwargs: Any) -> list:
+            if not forward_only:
+                self._check_assignment()
             if forward_only or self.num_waves == 1:
                 return forward_backward(
                     num_microbatches=num_microbatches, model=model, forward_only=forward_only, **kwargs
@@ -159,8 +184,8 @@ class BucketLevelMoo:
             if num_microbatches % self.num_waves:
                 raise ValueError(
                     f"{num_microbatches} micro-batches per step cannot be divided into {self.num_waves} waves "
-                    f"({len(self.config.objectives)} objectives on {self._slots} data-parallel slots); make the "
-                    f"global batch size a multiple of micro batch size * {self._slots} * {self.num_waves}"
+                    f"({self.config.step_objectives} objectives on {self.slots} slots); make the global batch size a "
+                    f"multiple of micro batch size * {self._dp_group.size()} * {self.num_waves}"
                 )
             reports = []
             self._waves_run, self._exchange.wave, self._tokens_W = True, 0, []
@@ -195,7 +220,7 @@ class BucketLevelMoo:
         """
         if self.num_waves > 1 and not self._waves_run:
             raise RuntimeError(
-                f"{len(self.config.objectives)} objectives on {self._slots} data-parallel slots need "
+                f"{self.config.step_objectives} objectives on {self.slots} slots need "
                 f"{self.num_waves} waves a step, but the schedule ran once: the step would end without a gradient. "
                 "Wrap it: forward_backward = moo.waves(forward_backward)"
             )
@@ -208,7 +233,9 @@ class BucketLevelMoo:
                 chunk.zero_grad_buffer()
             self._exchange.wave += 1
             return
+        self._check_assignment()  # a schedule that is not wrapped has not done it
         self._resolve(self._embedding_group(pg_collection))
+        upstream.finish_step(model, pg_collection)
         self._exchange.wave = 0
         self._tokens_W = []
         self.step += 1
@@ -222,50 +249,94 @@ class BucketLevelMoo:
             )
         return group
 
+    def _check_assignment(self) -> None:
+        """Make sure that ranks agree who works on what: in the first step of a run, or in each one if so configured."""
+        if self._agreed == self.step or (self._agreed >= 0 and not self.config.check_assignment):
+            return
+        self._agreed = self.step
+        try:
+            text = repr(self._assignment())
+        except Exception as error:  # if only this rank fails, the others must hear of it, not wait
+            text = repr(error)
+        check_agreement(f"the languages of step {self.step}", text, self._all_groups)
+        self._assignment()  # raises where all failed alike
+
     def _resolve(self, embedding_group: dist.ProcessGroup | None) -> None:
         """Rows -> fix-ups -> Gramian -> weights -> shard."""
-        plan = self._row_plan()
-        rows = [group.rows(i) for group, i in self._buckets]
+        assignment, k = self._assignment(), len(self.config.objectives)
+        # A row of each rank's tokens; the buckets of experts have their own.
+        plan = RowPlan.from_assignment(assignment, k, self._device, self._members)
+        plans = [plan, *(RowPlan.from_assignment(assignment, k, self._device, s.members) for s in self._sets[1:])]
+        rows = [waves for bucket_set in self._sets for waves in bucket_set.rows()]
         reduce_partial_rows(rows, self._block_map.partial, self._tp_group)
         reduce_tied_rows(rows, self._block_map.tied_buckets, embedding_group)
 
-        gram_BHH = self._reduce_gramian(self._local_gramian(rows, plan))
-        # What each objective's summed rows are divided by: its tokens, or its rows where Megatron averaged already.
-        count_K = gram_BHH.new_zeros(len(self.config.objectives))
-        count_K.index_add_(0, plan.objective_R, self._row_counts(plan))
-        scale_K = torch.where(count_K > 0, 1.0 / count_K.clamp(min=1), 0.0)
-        fold_KH = torch.nn.functional.one_hot(plan.objective_H, len(scale_K)).T.double() * scale_K[:, None]
-        gram_BKK = fold_KH @ gram_BHH @ fold_KH.T
-
-        preference_K = self._preference(plan, count_K)
-        active_K = (count_K > 0) & (preference_K > 0)
-        noise = self._noise(gram_BHH, plan) if self.aggregator.uses_noise else None
-        weights_BK, active_BK = self._solve(gram_BKK, active_K, preference_K, noise)
-        self._agree(weights_BK, embedding_group)
-
-        coefficients_BR = (weights_BK * scale_K)[:, plan.objective_R]
-        combine(rows, self._block_map, coefficients_BR, [g.shard(g.buckets[i]) for g, i in self._buckets])
+        gram_BHH = self._gramian(plans)
+        count_R = self._row_counts(plan)
+        spoilt_K = self._leave_out(gram_BHH, count_R, plans)
+        solution = self._solver(self.step, gram_BHH, plan, count_R, embedding_group)
+        self._combine(solution.weights_BK * solution.scale_K, plans)
         self.record = StepRecord(
             self.step,
             self.blocks,
             gram_BHH,
             plan.objective_H,
-            gram_BKK,
-            weights_BK,
-            active_BK,
-            preference_K,
-            count_K,
+            solution.gram_BKK,
+            solution.weights_BK,
+            solution.active_BK,
+            solution.preference_K,
+            solution.count_K,
             self.aggregator.kkt_residual_B,
             next((layer.gated_BKK for layer in layers(self.aggregator) if isinstance(layer, NoiseAware)), None),
+            spoilt_K,
         )
 
-    def _row_plan(self) -> RowPlan:
+    def _gramian(self, plans: Sequence[RowPlan]) -> torch.Tensor:
+        """Inner products of half rows, [B, H, H], summed over the ranks that share the blocks."""
+        parts = [
+            gramian(bucket_set.rows_on_device(), plan)
+            for bucket_set, gramian, plan in zip(self._sets, self._gramians, plans, strict=True)
+        ]
+        return self._reduce_gramian(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+
+    def _leave_out(self, gram_BHH: torch.Tensor, count_R: torch.Tensor, plans: Sequence[RowPlan]) -> torch.Tensor:
+        """Who is left out of this step because its gradient is not finite, [K] bool; clears its rows, in place."""
+        plan, k = plans[0], len(self.config.objectives)
+        if not self._quarantines:
+            return torch.zeros(k, dtype=torch.bool, device=self._device)
+        differ = [self._pp_group] if self.config.granularity != "model" or self.config.scope == "local" else []
+        differ += [self._tp_group] if self.config.scope == "local" else []
+        spoilt_K = spoilt_objectives(gram_BHH, plan.objective_H, k, differ)
+        count_K = count_R.new_zeros(k).index_add_(0, plan.objective_R, count_R)
+        given = self.config.preference_weights
+        present_K = (count_K > 0) & (torch.tensor([1.0] * k if given is None else given, device=self._device) > 0)
+        spoilt, present = torch.stack([spoilt_K, present_K]).tolist()  # the one wait for the device in a step
+        self._quarantine.count(self.step, spoilt, present)
+        if any(spoilt):
+            bad_H = spoilt_K[plan.objective_H]
+            gram_BHH.masked_fill_(bad_H[:, None] | bad_H[None, :], 0.0)
+            count_R.masked_fill_(spoilt_K[plan.objective_R], 0.0)
+            for bucket_set, its_plan in zip(self._sets, plans, strict=True):
+                drop_rows(bucket_set.rows(), spoilt_K[its_plan.objective_R].nonzero().flatten().tolist())
+        return spoilt_K
+
+    def _combine(self, coefficients_BK: torch.Tensor, plans: Sequence[RowPlan]) -> None:
+        """Leave the combined gradient where the optimizer reads it."""
+        for bucket_set, plan in zip(self._sets, plans, strict=True):
+            coefficients_BR = coefficients_BK[:, plan.objective_R]
+            buckets = zip(bucket_set.rows_on_device(), bucket_set.shards(), strict=True)
+            for index, (waves, shard) in enumerate(buckets, start=bucket_set.first):
+                combine(waves, self._segments[index], coefficients_BR, shard)
+            bucket_set.gather()
+
+    def _assignment(self) -> list[list[int]]:
+        """Objective of every wave and slot of this step."""
         assignment = [[int(k) for k in wave] for wave in self._assign(self.step)]
         k = len(self.config.objectives)
-        shape_ok = len(assignment) == self.num_waves and all(len(wave) == self._slots for wave in assignment)
+        shape_ok = len(assignment) == self.num_waves and all(len(wave) == self.slots for wave in assignment)
         if not shape_ok or not all(0 <= objective < k for wave in assignment for objective in wave):
             raise ValueError(
-                f"assign({self.step}) must be {self.num_waves} waves of {self._slots} objective ids in [0, {k}), "
+                f"assign({self.step}) must be {self.num_waves} waves of {self.slots} objective ids in [0, {k}), "
                 f"found {assignment}"
             )
         given = self.config.preference_weights
@@ -274,51 +345,22 @@ class BucketLevelMoo:
                 f"step {self.step}: every objective in it has preference weight 0, its gradient would be zero; add "
                 "waves, or give weights above 0"
             )
-        return RowPlan.from_assignment(assignment, k, self._device)
+        return assignment
 
     def _gather_tokens(self, num_tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens of every slot in this wave: [D] float64."""
+        """Tokens of every data (x context) parallel rank in this wave: [S] float64."""
         num_tokens = num_tokens.detach().reshape(1).double()
         if self._pp_group.size() > 1:
             dist.broadcast(num_tokens, src=upstream.get_pp_last_rank(self._pp_group), group=self._pp_group)
-        tokens_D = num_tokens.new_empty(self._slots)
-        dist.all_gather_into_tensor(tokens_D, num_tokens, group=self._dp_group)
-        return tokens_D
+        tokens_S = num_tokens.new_empty(self._dp_group.size())
+        dist.all_gather_into_tensor(tokens_S, num_tokens, group=self._dp_group)
+        return tokens_S
 
     def _row_counts(self, plan: RowPlan) -> torch.Tensor:
         """Tokens of each row, or 1 each without token counts: [R] float64."""
         if not self._tokens_W:
             return torch.ones_like(plan.half_R, dtype=torch.float64)
         return torch.cat(self._tokens_W)
-
-    def _noise(self, gram_BHH: torch.Tensor, plan: RowPlan) -> RowNoise:
-        """What the halves of each objective tell of its noise."""
-        count_H = gram_BHH.new_zeros(plan.num_halves).index_add_(0, plan.half_R, self._row_counts(plan))
-        return fold_rows(gram_BHH, plan.objective_H, count_H, len(self.config.objectives))[1]
-
-    def _mean_losses(self) -> torch.Tensor:
-        """Loss of every objective in this step, mean over its tokens: [K] float64, the same on all ranks."""
-        sums_K2 = torch.zeros(len(self.config.objectives), 2, dtype=torch.float64, device=self._device)
-        local = self._losses()
-        if local is not None:
-            sums_K2 += local
-        for group in (self._dp_group, self._pp_group):  # earlier stages add zeros
-            dist.all_reduce(sums_K2, group=group)
-        return sums_K2[:, 0] / sums_K2[:, 1].clamp(min=1)
-
-    def _preference(self, plan: RowPlan, count_K: torch.Tensor) -> torch.Tensor:
-        """The mean's weights among the objectives of this step, [K] float64, summing to 1."""
-        kind = self.config.preference
-        if kind == "tokens":
-            preference = count_K
-        elif kind == "slots":
-            preference = plan.rows_K.double()
-        elif kind == "uniform":
-            preference = torch.ones_like(count_K)
-        else:
-            preference = count_K.new_tensor(self.config.preference_weights)
-        preference = torch.where(count_K > 0, preference, 0.0)
-        return preference / preference.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
     def _reduce_gramian(self, gram_BHH: torch.Tensor) -> torch.Tensor:
         """Sum local inner products over the ranks that share the blocks; one all-reduce per group for all blocks."""
@@ -330,50 +372,6 @@ class BucketLevelMoo:
                 dist.all_reduce(gram_BHH, group=self._pp_group)
         return gram_BHH
 
-    def _solve(
-        self, gram_BKK: torch.Tensor, active_K: torch.Tensor, preference_K: torch.Tensor, noise: RowNoise | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights [B, K] and who took part [B, K].
-
-        A block with a non-finite Gramian falls back to the mean, so that the non-finite gradient reaches the loss
-        scaler or Megatron's own check instead of a solver.
-        """
-        self._rewind_state()
-        finite_B = gram_BKK.isfinite().all((1, 2))
-        gram_BKK = torch.where(finite_B[:, None, None], gram_BKK, 0.0)
-        active_BK = active_K & finite_B[:, None]
-        generators = None
-        if self.aggregator.random:
-            generators = [_generator(self.config.seed, self.step, name) for name in self.blocks]
-        losses_K = self._mean_losses() if self.aggregator.needs_losses else None
-        weights_BK = self.aggregator(gram_BKK, active_BK, preference_K, generators, losses_K=losses_K, noise=noise)
-        return torch.where(finite_B[:, None], weights_BK, preference_K), active_BK
-
-    def _rewind_state(self) -> None:
-        """A step that is computed again (Megatron's rerun machine does that) must not move the method's state twice."""
-        if not self.aggregator.stateful:
-            return
-        if self._state_before is not None and self._state_before[0] == self.step:
-            self.aggregator.load_state_dict(self._state_before[1])
-        else:
-            self._state_before = (self.step, self.aggregator.state_dict())
-
-    def _agree(self, weights_BK: torch.Tensor, embedding_group: dist.ProcessGroup | None) -> None:
-        """Make ranks that solve the same block take the same weights, in place.
-
-        Their Gramians come out of reductions in different groups or at different offsets, which may round differently;
-        a method that amplifies the last bit would let the copies of a parameter drift apart.
-        """
-        shared = []
-        if embedding_group is not None and self._block_map.tied_blocks:
-            shared.append((self._block_map.tied_blocks, embedding_group))
-        if self._tp_group.size() > 1 and self._block_map.replicated_blocks:
-            shared.append((self._block_map.replicated_blocks, self._tp_group))
-        for blocks, group in shared:
-            weights = weights_BK[blocks].contiguous()
-            dist.broadcast(weights, src=dist.get_global_rank(group, 0), group=group)
-            weights_BK[blocks] = weights
-
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -381,17 +379,10 @@ class BucketLevelMoo:
 
         Collective over the model-parallel ranks. Layout-independent: a block is found again by its name.
         """
-        stages: list[dict] = [self._state_by_block()]
-        for group in (self._tp_group, self._pp_group):
-            gathered: list[Any] = [None] * group.size()
-            dist.all_gather_object(gathered, stages, group=group)
-            stages = [part for parts in gathered for part in parts]
-        merged: dict[str, dict[str, torch.Tensor]] = {}
-        for part in stages:
-            merged.update(part)
-        return {"method": self.config.method, "objectives": list(self.config.objectives), "blocks": merged}
+        blocks = state.collect(self.aggregator, self.blocks, (self._tp_group, self._pp_group))
+        return {"method": self.config.method, "objectives": list(self.config.objectives), "blocks": blocks}
 
-    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+    def load_state_dict(self, saved: dict[str, Any]) -> list[str]:
         """Take up what :meth:`state_dict` of an earlier run gave; blocks it does not name start afresh.
 
         Returns:
@@ -400,12 +391,12 @@ class BucketLevelMoo:
         Raises:
             ValueError: for another method or other objectives, if either has state: it would be misread silently.
         """
-        saved = {name: entries for name, entries in state["blocks"].items() if entries}
-        if not saved and not self.aggregator.stateful:
+        blocks = {name: entries for name, entries in saved["blocks"].items() if entries}
+        if not blocks and not self.aggregator.stateful:
             return []
         for key, found, ours in (
-            ("method", state["method"], self.config.method),
-            ("objectives", list(state["objectives"]), list(self.config.objectives)),
+            ("method", saved["method"], self.config.method),
+            ("objectives", list(saved["objectives"]), list(self.config.objectives)),
         ):
             if found != ours:
                 raise ValueError(
@@ -413,23 +404,14 @@ class BucketLevelMoo:
                     "start from the weights alone (--finetune, or --no-load-optim)"
                 )
         self.aggregator.reset()
-        self._state_before = None
-        if not saved:
+        self._solver.forget_step()
+        if not blocks:
             return []
-        fresh = self.aggregator.fresh_state(len(self.blocks), len(self.config.objectives), self._device)
-        for index, name in enumerate(self.blocks):
-            for key, tensor in saved.get(name, {}).items():
-                if key in fresh:  # else of a wrapper that this run does not have
-                    fresh[key][index] = tensor.to(fresh[key])
-        self.aggregator.load_state_dict(fresh)
-        return [name for name in self.blocks if name not in saved]
-
-    def _state_by_block(self) -> dict[str, dict[str, torch.Tensor]]:
-        state = {key: tensor.cpu() for key, tensor in self.aggregator.state_dict().items()}
-        return {name: {key: tensor[b].clone() for key, tensor in state.items()} for b, name in enumerate(self.blocks)}
+        return state.restore(self.aggregator, blocks, self.blocks, len(self.config.objectives), self._device)
 
 
-def _generator(seed: int, step: int, block: str) -> torch.Generator:
-    """Random numbers of one block in one step: the same on every rank, independent of which blocks share the rank."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{block}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+def _find_slots(ddp: upstream.DistributedDataParallel) -> SlotMap:
+    if not upstream.has_expert_groups(ddp):
+        return SlotMap.find(ddp.dp_group, ddp.intra_dp_cp_group)
+    mixing = (ddp.ep_group, upstream.expert_tensor_group(ddp))
+    return SlotMap.find(ddp.dp_group, ddp.intra_dp_cp_group, mixing, ddp.intra_expt_dp_group, ddp.tp_group)

@@ -15,19 +15,21 @@ The seams:
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.distributed.param_and_grad_buffer import (
     _ParamAndGradBucket as Bucket,
 )
 from megatron.core.distributed.param_and_grad_buffer import (
     _ParamAndGradBucketGroup as BucketGroup,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel.utils import get_pp_last_rank
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
@@ -40,13 +42,22 @@ __all__ = [
     "bucket_parameters",
     "embedding_group",
     "every_stage_trains",
+    "expert_tensor_group",
+    "finish_step",
     "get_model_config",
     "get_pp_last_rank",
+    "gradient_group",
+    "has_expert_groups",
     "parameter_traits",
     "replace_bucket_groups",
     "unsupported",
+    "wrap_padded",
 ]
 
+# The module; megatron.core.distributed exports its function under the same name.
+_finalize = sys.modules[finalize_model_grads.__module__]
+
+PADDING_REMEDY = "add --use-distributed-optimizer, or wrap the model with megatron_moo.distributed.upstream.wrap_padded"
 TIED_EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -61,6 +72,7 @@ class ParameterTraits:
         tp_reduction: ``"sum"`` or ``"mean"`` where the gradient is partial on each tensor-parallel rank.
         tied: lives on the first and the last pipeline stage, which must agree on the sum of both gradients.
         copy: the second of the two, not to be counted again in sums over pipeline stages.
+        expert: reduced over the expert-data-parallel group, and cut by the tensor parallelism of experts.
     """
 
     name: str
@@ -68,6 +80,7 @@ class ParameterTraits:
     tp_reduction: str | None
     tied: bool
     copy: bool
+    expert: bool = False
 
 
 def parameter_traits(chunk: DistributedDataParallel) -> dict[torch.nn.Parameter, ParameterTraits]:
@@ -75,17 +88,19 @@ def parameter_traits(chunk: DistributedDataParallel) -> dict[torch.nn.Parameter,
     config = get_model_config(chunk)
     module = get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)
     layer_names = _global_layer_names(module)
+    first_expert = _first_expert(chunk)
     traits = {}
     for name, param in module.named_parameters():
         if not param.requires_grad:
             continue
         tied = bool(getattr(param, "shared_embedding", False))
         traits[param] = ParameterTraits(
-            name=TIED_EMBEDDING if tied else _globalise(name, layer_names),
+            name=TIED_EMBEDDING if tied else _number_experts(_globalise(name, layer_names), first_expert),
             tensor_parallel=bool(getattr(param, "tensor_model_parallel", False)),
             tp_reduction=_tp_reduction(name, param, config),
             tied=tied,
             copy=not param_is_not_shared(param),
+            expert=not getattr(param, "allreduce", True),
         )
     return traits
 
@@ -99,6 +114,35 @@ def _tp_reduction(name: str, param: torch.nn.Parameter, config) -> str | None:
     if config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name):
         return "sum"
     return None
+
+
+def has_expert_groups(chunk: DistributedDataParallel) -> bool:
+    """Whether the model's experts are reduced over a group of their own; the same on every pipeline stage."""
+    config = get_model_config(chunk)
+    return getattr(config, "num_moe_experts", None) is not None and (
+        config.expert_model_parallel_size > 1
+        or config.expert_tensor_parallel_size not in (None, config.tensor_model_parallel_size)
+    )
+
+
+def expert_tensor_group(chunk: DistributedDataParallel) -> torch.distributed.ProcessGroup:
+    """The ranks that an expert's weights are cut over."""
+    return parallel_state.get_expert_tensor_parallel_group(check_initialized=False) or chunk.tp_group
+
+
+def _first_expert(chunk: DistributedDataParallel) -> int:
+    """Number in the whole model of this rank's first expert."""
+    experts, group = getattr(get_model_config(chunk), "num_moe_experts", None), chunk.ep_group
+    return 0 if experts is None or group is None else experts // group.size() * group.rank()
+
+
+def _number_experts(name: str, first: int) -> str:
+    """Local expert number -> number in the whole model: experts in a list, or as weights of one grouped layer."""
+    return re.sub(
+        r"(\.local_experts\.|\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)",
+        lambda match: f"{match.group(1)}{int(match.group(2)) + first}",
+        name,
+    )
 
 
 def _global_layer_names(module: torch.nn.Module) -> dict[str, str]:
@@ -137,17 +181,62 @@ def replace_bucket_groups(
 ) -> list[BucketGroup]:
     """Put ``make(group)`` in the place of every bucket group of a chunk, with the links between them.
 
-    Returns the new groups, in the order in which backward fills them.
+    Returns the new groups, in the order in which backward fills them; those of experts last.
     """
-    groups = [make(old) for old in chunk.bucket_groups]
-    by_old = dict(zip(map(id, chunk.bucket_groups), groups, strict=True))
-    for old, new in zip(chunk.bucket_groups, groups, strict=True):
-        if old.next_param_gather_bucket_group is not None:
-            new.next_param_gather_bucket_group = by_old[id(old.next_param_gather_bucket_group)]
-        for param in new.params:
-            chunk.param_to_bucket_group[param] = new
-    chunk.bucket_groups = groups
-    return groups
+    made = []
+    for place in ("bucket_groups", "expert_parallel_bucket_groups"):
+        stock = getattr(chunk, place)
+        groups = [make(old) for old in stock]
+        by_old = dict(zip(map(id, stock), groups, strict=True))
+        for old, new in zip(stock, groups, strict=True):
+            if old.next_param_gather_bucket_group is not None:
+                new.next_param_gather_bucket_group = by_old[id(old.next_param_gather_bucket_group)]
+            for param in new.params:
+                chunk.param_to_bucket_group[param] = new
+        setattr(chunk, place, groups)
+        made += groups
+    return made
+
+
+def gradient_group(group: BucketGroup) -> torch.distributed.ProcessGroup:
+    """The ranks over which a bucket group's gradients are reduced."""
+    if group.ddp_config.use_distributed_optimizer:
+        return group.intra_distributed_optimizer_instance_group
+    return group.data_parallel_group
+
+
+def wrap_padded(
+    module: torch.nn.Module, config: Any, ddp_config: Any, pg_collection: Any, bucket_size: int | None
+) -> DistributedDataParallel:
+    """Megatron's DDP without distributed optimizer, in buckets that its ranks divide, as the exchange needs them.
+
+    Stock Megatron pads buckets for the distributed optimizer only. The layout is the same here: aligned parameters, a
+    bucket of its own for a tied embedding, and room to divide each bucket among its ranks.
+    """
+    layout = DistributedOptimizer.compute_full_param_layout(
+        [param for param in module.parameters() if param.requires_grad],
+        bucket_size,
+        pg_collection.dp_cp.size(),
+        ddp_config,
+        expert_data_parallel_world_size=pg_collection.expt_dp.size(),
+    )
+    for buffer in layout.layouts.values():
+        # Without the optimizer the padding is nobody's: to DDP it is gradient like any other, and stays zero.
+        buffer.per_bucket_numel_unpadded[:] = [end - start for start, end in buffer.bucket_indices]
+    return DistributedDataParallel(config, ddp_config, module, pg_collection=pg_collection, full_param_layout=layout)
+
+
+def finish_step(chunks: list[torch.nn.Module], pg_collection: Any = None) -> None:
+    """What Megatron's ``finalize_model_grads`` does besides gradients: routers' biases, counters of a step."""
+    config = get_model_config(chunks[0])
+    if config.moe_router_enable_expert_bias:
+        group = getattr(pg_collection, "tp_dp_cp", None)
+        if group is None:
+            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        _finalize._update_router_expert_bias(chunks, config, tp_dp_cp_group=group)
+    if config.moe_router_load_balancing_type == "quantile_balancing":
+        _finalize._update_router_qb_beta(chunks, config, dp_cp_group=chunks[0].dp_cp_group)
+    _finalize.reset_model_temporary_tensors(config, chunks)
 
 
 def embedding_group(pg_collection: Any = None) -> torch.distributed.ProcessGroup | None:
@@ -166,77 +255,19 @@ def embedding_group(pg_collection: Any = None) -> torch.distributed.ProcessGroup
 
 def every_stage_trains(chunks: list[DistributedDataParallel]) -> bool:
     """Whether each pipeline stage has a trainable parameter; collective over the stages, the same answer on all."""
-    mine = torch.tensor([int(all(chunk.bucket_groups for chunk in chunks))], device=torch.cuda.current_device())
+    trains = all(chunk.bucket_groups + chunk.expert_parallel_bucket_groups for chunk in chunks)
+    mine = torch.tensor([int(trains)], device=torch.cuda.current_device())
     torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MIN, group=chunks[0].pp_group)
     return bool(mine)
 
 
 def unsupported(chunks: list[torch.nn.Module]) -> list[str]:
-    """What of these wrapped chunks the exchange cannot do; each entry names option, reason and remedy."""
-    if not all(isinstance(chunk, DistributedDataParallel) for chunk in chunks):
-        kinds = ", ".join(sorted({type(chunk).__name__ for chunk in chunks}))
-        return [
-            f"the model must be wrapped in Megatron's DistributedDataParallel, found {kinds}: FSDP shards gradients "
-            "before they can be told apart; drop --use-megatron-fsdp / --use-torch-fsdp2"
-        ]
-    config, ddp = get_model_config(chunks[0]), chunks[0].ddp_config
-    cp = chunks[0].dp_cp_group.size() // chunks[0].dp_group.size()
-    rules = (
-        (
-            len(chunks) > 1,
-            "--virtual-pipeline-model-parallel-size: interleaved stages are not tested yet; drop it",
-        ),
-        (
-            not ddp.use_distributed_optimizer,
-            "all-reduce DDP has no shard to combine into; add --use-distributed-optimizer",
-        ),
-        (
-            ddp.num_distributed_optimizer_instances > 1,
-            "--num-distributed-optimizer-instances > 1: rows of other instances would never meet; set it to 1",
-        ),
-        (
-            ddp.reduce_scatter_with_fp32_accumulation,
-            "--ddp-reduce-scatter-with-fp32-accumulation: the exchange replaces the reduce-scatter (and accumulates "
-            "in fp32); drop it",
-        ),
-        (
-            ddp.reuse_grad_buf_for_mxfp8_param_ag,
-            "--reuse-grad-buf-for-mxfp8-param-ag: gradient rows live in that buffer; drop it",
-        ),
-        (
-            ddp.average_in_collective,
-            "--ddp-average-in-collective: rows are normalised per objective instead; drop it",
-        ),
-        (ddp.nccl_ub, "--use-nccl-ub: the exchange does not register its receive buffer; drop it"),
-        (
-            cp > 1,
-            "--context-parallel-size > 1: rows of context-parallel peers are not folded yet; set it to 1",
-        ),
-        (
-            bool(chunks[0].expert_parallel_buffers) or getattr(config, "num_moe_experts", None) is not None,
-            "--num-experts: mixtures of experts are not supported yet (an expert's gradient mixes the tokens of its "
-            "peers, and the routers' updates after the backward pass are not run); use a dense model",
-        ),
-        (
-            max(getattr(config, "gtp_weight_remat_size", 1), getattr(config, "expert_gtp_weight_remat_size", 1)) > 1,
-            "--gtp-weight-remat-size > 1: its gradient reduction is not run; set it to 1",
-        ),
-        (
-            getattr(config, "has_cond_embedder", False) or getattr(config, "flextron", False),
-            "conditional embedders and flextron routers are not supported: their gradients are not reduced over stages",
-        ),
-        (
-            bool(getattr(config, "mtp_num_layers", None)),
-            "--mtp-num-layers: the extra embedding copies of multi-token prediction are not supported; drop it",
-        ),
-        (
-            getattr(config, "cuda_graph_impl", "none") != "none",
-            "--cuda-graph-impl: a captured step would replay one assignment of languages for ever; set it to none",
-        ),
-        (
-            any(bucket.params_with_extra_main_grads for g in chunks[0].bucket_groups for bucket in g.buckets),
-            "gradients accumulated outside the communication buffer (main_grads in another dtype) are not supported; "
-            "use --accumulate-allreduce-grads-in-fp32",
-        ),
-    )
-    return [text for broken, text in rules if broken]
+    """What of these wrapped chunks the exchange cannot do; each entry names option, reason and remedy.
+
+    Collective over the pipeline stages, unless the chunks are not Megatron's DistributedDataParallel.
+    """
+    # Not at the top: ``python -m megatron_moo.distributed.support`` imports this package first.
+    from megatron_moo.distributed import settings, support
+
+    idle_stage = all(map(settings.wrapped, chunks)) and not every_stage_trains(chunks)
+    return support.problems(settings.Setup.from_chunks(chunks, idle_stage))

@@ -19,6 +19,8 @@ What is covered, and why:
 - `initialize_megatron` is called with `allow_no_cuda=True`, and the start-up build of the dataset helpers is
   skipped when the compiled extension imports: the wheel ships the extension but not the Makefile, and Megatron
   ends the process when `make` fails.
+- Numbers of tokens per expert, by which tokens are exchanged, are handed on as arrays: Megatron makes arrays of those
+  that it has to bring to the host, and these are there.
 - `torch.compile` regions run eagerly and their warm-up is skipped: Megatron compiles its fused activations on first
   use whatever the flags say, which on a CPU costs a C++ compiler run per process and gains nothing.
 - `CUDA_DEVICE_MAX_CONNECTIONS` is set to 1 if unset, which Megatron checks when it uses tensor parallelism.
@@ -277,6 +279,7 @@ def _adapt_megatron() -> None:
     import megatron.training
     from megatron.core.datasets import utils as dataset_utils
     from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.core.transformer.moe import token_dispatcher
     from megatron.training import initialize, training
 
     # These two go around torch.cuda.get_rng_state, to spare a copy on the GPU.
@@ -310,5 +313,15 @@ def _adapt_megatron() -> None:
             original_compile()
 
     dataset_utils.compile_helpers = compile_helpers
+
+    original_move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    @functools.wraps(original_move)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return original_move(tensor, as_numpy, record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
     # Nothing is compiled here, and its draws would come from the generator that initialises the weights.
     initialize._warmup_jit_function = lambda *args, **kwargs: None

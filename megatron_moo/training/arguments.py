@@ -11,11 +11,12 @@ from typing import Any
 
 from megatron_moo.aggregation import AGGREGATORS, ENTRY_POINTS, build_aggregator
 from megatron_moo.distributed import GRANULARITIES, PREFERENCES, SCOPES, MooConfig
+from megatron_moo.distributed.config import NON_FINITE, WAVE_MEMORIES
+from megatron_moo.distributed.settings import Setup
+from megatron_moo.distributed.support import problems
 from megatron_moo.training.method_arguments import add_method_arguments, method_options, wrapper_options
 
 OFF = "off"
-
-Rules = tuple[tuple[Any, str], ...]  # (whether it is broken; option, reason, remedy)
 
 
 def add_moo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -66,11 +67,57 @@ def _add_gradient_options(group: Any) -> None:
         metavar="LANG=W,...",
         help="weights of --moo-preference given, one per language: en=1,sw=2",
     )
+    _add_wave_options(group)
+    _add_fault_options(group)
+
+
+def _add_wave_options(group: Any) -> None:
+    group.add_argument(
+        "--moo-active",
+        type=int,
+        default=None,
+        metavar="N",
+        help="languages of a step: N of them by turns, where waves for all would cost too much time or memory; each "
+        "keeps its turns, and all pairs meet (default: all in every step)",
+    )
     group.add_argument(
         "--moo-waves",
         type=int,
         default=None,
-        help="forward/backward passes per step (default: as few as give every language a data-parallel slot)",
+        help="forward/backward passes per step. A slot (a data-parallel rank; with expert parallelism, the ranks that "
+        "share experts) works on one language a pass; W passes send gradients W times and keep W - 1 more gradient "
+        "buffers (default: as few as give every language of the step a slot)",
+    )
+    group.add_argument(
+        "--moo-wave-memory",
+        default="device",
+        choices=WAVE_MEMORIES,
+        help="where gradients of all passes but the last are kept: on the device, or in host memory, which spares "
+        "W - 1 gradient buffers of the device and costs two copies over the bus (default: device)",
+    )
+
+
+def _add_fault_options(group: Any) -> None:
+    group.add_argument(
+        "--moo-nonfinite",
+        default="quarantine",
+        choices=NON_FINITE,
+        help="what becomes of a language whose gradient holds NaN or infinity. quarantine: it is left out of the step "
+        "and counted, the others go on; pass: the value reaches the optimizer, as in stock Megatron. With --fp16 it "
+        "always reaches the loss scaler (default: quarantine)",
+    )
+    group.add_argument(
+        "--moo-max-quarantined",
+        type=int,
+        default=5,
+        metavar="N",
+        help="steps in a row that a language may be left out; one more ends the run (default: 5)",
+    )
+    group.add_argument(
+        "--moo-check-assignment",
+        action="store_true",
+        help="compare over all ranks, before every step, which slot works on which language; without it they are "
+        "compared once, at the start. For those who change the sampler",
     )
 
 
@@ -158,116 +205,36 @@ def validate_moo_arguments(args: argparse.Namespace) -> None:
         _refuse(f"--moo-method {args.moo_method}", _exchange_rules(args))
 
 
-def _refuse(who: str, rules: Rules) -> None:
-    if broken := [text for hit, text in rules if hit]:
+def _refuse(who: str, broken: list[str]) -> None:
+    if broken:
         raise ValueError(f"not supported with {who}:\n- " + "\n- ".join(broken))
 
 
-def _data_rules(args: argparse.Namespace) -> Rules:
+def _data_rules(args: argparse.Namespace) -> list[str]:
     """What language-pure batches, which are a function of the step's number, cannot do; whatever the method."""
-    return (
-        (
-            args.dataloader_type != "external",
-            f"--dataloader-type {args.dataloader_type}: batches come language by language from --moo-data; drop it",
-        ),
-        (
-            args.iterations_to_skip,
-            "--iterations-to-skip: the language of a step follows from its number; drop it",
-        ),
-        (
-            args.rampup_batch_size or getattr(args, "step_batch_size_schedule", None),
-            "--rampup-batch-size / --step-batch-size-schedule: a step needs the same number of rows throughout; "
-            "drop it",
-        ),
-        (args.context_parallel_size > 1, "--context-parallel-size > 1: not supported yet; set it to 1"),
-        (
-            getattr(args, "eval_micro_batch_size", None) not in (None, args.micro_batch_size)
-            or getattr(args, "eval_global_batch_size", None) not in (None, args.global_batch_size),
-            "--eval-micro-batch-size / --eval-global-batch-size: validation batches have the training sizes; drop them",
-        ),
-        (
-            args.moo_eval_rows
-            and args.sequence_parallel
-            and args.max_position_embeddings % args.tensor_model_parallel_size,
-            "--moo-eval-rows with --sequence-parallel: decoding cuts up to --max-position-embeddings tokens into "
-            "tensor-parallel parts; make it a multiple of --tensor-model-parallel-size",
-        ),
-    )
+    return problems(Setup.from_args(args), "entry")
 
 
-def _exchange_rules(args: argparse.Namespace) -> Rules:
-    """What the exchange cannot do; ``upstream.unsupported`` refuses it too, but when files have been written."""
-    return (
-        (
-            args.moo_preference == "tokens" and not args.calculate_per_token_loss,
-            "--moo-preference tokens: Megatron hands on token counts only with --calculate-per-token-loss; add it, or "
-            "use --moo-preference slots",
-        ),
-        (
-            getattr(args, "save_wgrads_interval", None),
-            "--save-wgrads-interval: there is no summed gradient to save while languages are kept apart; drop it",
-        ),
-        (
-            args.expert_model_parallel_size > 1 or getattr(args, "num_experts", None),
-            "--num-experts, --expert-model-parallel-size > 1: mixtures of experts are not supported yet; "
-            "use a dense model",
-        ),
-        (
-            getattr(args, "gtp_weight_remat_size", 1) > 1 or getattr(args, "expert_gtp_weight_remat_size", 1) > 1,
-            "--gtp-weight-remat-size > 1: its gradient reduction is not run; set it to 1",
-        ),
-        (
-            args.virtual_pipeline_model_parallel_size,
-            "--virtual-pipeline-model-parallel-size and its kin: interleaved stages are not tested yet; drop them",
-        ),
-        (
-            args.use_megatron_fsdp or args.use_torch_fsdp2,
-            "--use-megatron-fsdp / --use-torch-fsdp2: FSDP shards gradients before they can be told apart; drop it",
-        ),
-        (
-            not args.use_distributed_optimizer,
-            "all-reduce DDP has no gradient shard to combine into; add --use-distributed-optimizer",
-        ),
-        (
-            getattr(args, "overlap_param_gather_with_optimizer_step", False),
-            "--overlap-param-gather-with-optimizer-step: it turns bucketing off; drop it",
-        ),
-        (
-            args.num_distributed_optimizer_instances > 1,
-            "--num-distributed-optimizer-instances > 1: rows of other instances would never meet; set it to 1",
-        ),
-        (
-            getattr(args, "ddp_reduce_scatter_with_fp32_accumulation", False),
-            "--ddp-reduce-scatter-with-fp32-accumulation: the exchange takes the reduce-scatter's place; drop it",
-        ),
-        (
-            args.ddp_average_in_collective,
-            "--ddp-average-in-collective: rows are normalised per language instead; drop it",
-        ),
-        (
-            args.reuse_grad_buf_for_mxfp8_param_ag,
-            "--reuse-grad-buf-for-mxfp8-param-ag: gradient rows live in that buffer; drop it",
-        ),
-        (args.nccl_ub, "--use-nccl-ub: the exchange does not register its receive buffer; drop it"),
-        (
-            args.mtp_num_layers,
-            "--mtp-num-layers: the extra embedding copies of multi-token prediction are not supported; drop it",
-        ),
-        (
-            args.cuda_graph_impl != "none",
-            f"--cuda-graph-impl {args.cuda_graph_impl}: a captured step would replay one assignment of languages for "
-            "ever; set it to none",
-        ),
-    )
+def _exchange_rules(args: argparse.Namespace) -> list[str]:
+    """What the exchange cannot do; ``install`` refuses it in the same words, but when files have been written."""
+    return problems(Setup.from_args(args), "refused")
 
 
 def moo_config(args: argparse.Namespace, objectives: list[str]) -> MooConfig:
     """The configuration that the arguments describe.
 
     Raises:
-        ValueError: for weights of unknown or missing languages, or whatever ``MooConfig`` refuses.
+        ValueError: for weights of unknown or missing languages, sizes out of range, or whatever ``MooConfig`` refuses.
     """
     weights = None
+    for option, value, low, high in (
+        ("--moo-active", args.moo_active, 1, len(objectives)),
+        ("--moo-waves", args.moo_waves, 1, None),
+        ("--moo-max-quarantined", args.moo_max_quarantined, 0, None),
+    ):
+        if value is not None and (value < low or (high is not None and value > high)):
+            upper = "" if high is None else f" and at most the {high} languages ({', '.join(objectives)})"
+            raise ValueError(f"{option} must be at least {low}{upper}, found {value}")
     if (args.moo_preference == "given") != (args.moo_preference_weights is not None):
         raise ValueError(
             f"--moo-preference given and --moo-preference-weights LANG=W,... go together; found --moo-preference "
@@ -291,7 +258,12 @@ def moo_config(args: argparse.Namespace, objectives: list[str]) -> MooConfig:
         scope=args.moo_scope,
         preference=args.moo_preference,
         preference_weights=weights,
+        active=args.moo_active,
         waves=args.moo_waves,
+        wave_memory=args.moo_wave_memory,
+        nonfinite=args.moo_nonfinite,
+        max_quarantined=args.moo_max_quarantined,
+        check_assignment=args.moo_check_assignment,
         seed=args.seed,
     )
 

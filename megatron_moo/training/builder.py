@@ -14,6 +14,8 @@ from megatron.training.models.dist_utils import unimodal_build_distributed_model
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.training import wrap_model_chunks_with_ddp
 
+from megatron_moo.distributed.upstream import wrap_padded
+
 
 class MooGPTModelConfig(GPTModelConfig):
     """Stock configuration, built by :class:`MooGPTModelBuilder`.
@@ -42,13 +44,13 @@ class MooGPTModelBuilder(GPTModelBuilder):
             pre_wrap_hook=compose_hooks(self._model_config.pre_wrap_hooks),
         )
         size = _bucket_size(ddp_config, chunks, pg_collection)
-        chunks = wrap_model_chunks_with_ddp(
-            chunks,
-            get_model_config(chunks[0]),
-            ddp_config,
-            pg_collection=pg_collection,
-            bucket_sizes=[size] * len(chunks),
-        )
+        config = get_model_config(chunks[0])
+        if ddp_config.use_distributed_optimizer or ddp_config.overlap_param_gather:
+            chunks = wrap_model_chunks_with_ddp(
+                chunks, config, ddp_config, pg_collection=pg_collection, bucket_sizes=[size] * len(chunks)
+            )
+        else:
+            chunks = [wrap_padded(chunk, config, ddp_config, pg_collection, size) for chunk in chunks]
         if kwargs.get("data_parallel_random_init"):
             for chunk in chunks:
                 chunk.broadcast_params()

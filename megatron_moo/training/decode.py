@@ -13,7 +13,8 @@ of a slot hold the same rows and take the same steps:
    when `seq_length` is full.
 
 Slots need not agree on the number of steps, except when expert parallelism lets one slot's forward pass wait for
-another's: then all go on until the last one is done.  At the end the answers are gathered over the slots.
+another's: then all go on until the last one is done, with as many rows and columns as the largest needs.  At the end
+the answers are gathered over the slots.
 
 There is no key-value cache: each new token costs a forward pass over its row.
 
@@ -99,10 +100,14 @@ def greedy_decode(
     decoder = _Decoder(model_chunks, groups, config, vocab_size, seq_length, pad=eod)
     active: list[_Row] = []
     with torch.no_grad(), _ready_for_evaluation(model_chunks, config):
-        while decoder.any_slot(bool(active or waiting)):
+        while True:
             while waiting and len(active) < batch_size:
                 active.append(waiting.popleft())
-            for row, token in zip(active, decoder.next_tokens([row.tokens for row in active]), strict=True):
+            count, longest = decoder.agree([row.tokens for row in active])
+            if not count:
+                break
+            tokens = decoder.next_tokens([row.tokens for row in active], count, longest)
+            for row, token in zip(active, tokens, strict=True):
                 row.tokens.append(token)
                 row.answer.append(token)
             active = [row for row in active if not _ended(row, eod, max_new_tokens, seq_length)]
@@ -192,17 +197,21 @@ class _Decoder:
         self.coupled = config.expert_model_parallel_size > 1
         self.schedule = get_forward_backward_func()
 
-    def any_slot(self, busy: bool) -> bool:
-        """Whether another step must be taken: this slot is busy, or one whose forward pass would wait for it."""
-        if not self.coupled:
-            return busy
-        flag = torch.tensor(int(busy), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.groups.dp)
-        return bool(flag)
+    def agree(self, rows: list[list[int]]) -> tuple[int, int]:
+        """Number of rows and longest one of this step; 0 rows when there is nothing left to do.
 
-    def next_tokens(self, rows: list[list[int]]) -> list[int]:
-        """The next token of every row; the same on all ranks of the slot."""
-        batches = self._micro_batches(rows or [[self.pad]])
+        Experts on several ranks take tensors of one shape from all of them, and a slot that is done must go on.
+        """
+        shape = len(rows), max(map(len, rows), default=1)
+        if not self.coupled:
+            return shape
+        largest = torch.tensor(shape, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.dp)
+        return tuple(largest.tolist())
+
+    def next_tokens(self, rows: list[list[int]], total: int, longest: int) -> list[int]:
+        """The next token of every row; the same on all ranks of the slot. The model sees `total` rows."""
+        batches = self._micro_batches(rows + [[self.pad]] * (total - len(rows)), longest)
         per_stage = [iter(batches) for _ in self.chunks]
         count, length = batches[0].tokens_BS.shape
         collected = self.schedule(
@@ -222,11 +231,10 @@ class _Decoder:
             dist.broadcast(tokens_R, group=self.groups.pp, group_src=self.pipeline - 1)
         return tokens_R[: len(rows)].tolist()
 
-    def _micro_batches(self, rows: list[list[int]]) -> list[_MicroBatch]:
+    def _micro_batches(self, rows: list[list[int]], longest: int) -> list[_MicroBatch]:
         """M equal micro-batches, one per pipeline stage; rows of one token fill up the last."""
         count = math.ceil(len(rows) / self.pipeline)
         rows = rows + [[self.pad]] * (count * self.pipeline - len(rows))
-        longest = max(map(len, rows))
         length = min(math.ceil(longest / self.multiple) * self.multiple, self.seq_length)
         tokens_RS = torch.tensor([row + [self.pad] * (length - len(row)) for row in rows], device=self.device)
         last_R = torch.tensor([len(row) - 1 for row in rows], device=self.device)

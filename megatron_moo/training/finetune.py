@@ -4,55 +4,39 @@
         --moo-granularity layer --moo-run-dir runs/first  <Megatron's own flags>
 
 Everything that Megatron does (arguments, schedules, optimizer, checkpoints, signals) stays Megatron's. Added are the
-argument group of ``arguments.py``, the data of ``megatron_moo.data``, the hooks of ``seams.py`` and what a run writes.
+argument group of ``arguments.py``, what ``plan.py`` settles before the start, the data of ``megatron_moo.data``, the
+hooks of ``seams.py`` and what a run writes.
 
-Legend: K objectives (languages), D data-parallel slots, W waves, M micro-batches of a slot in a step.
+A *slot* works on one language at a time: a data-parallel rank, or several that share experts (``plan.py``). Its
+context-parallel ranks read the same samples, each a part of the sequence.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import functools
-import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_tensorboard_writer, pretrain, print_rank_0, print_rank_last
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
+from megatron_moo.analysis.cost import start_report
 from megatron_moo.data.batches import MicroBatches
-from megatron_moo.data.manifest import Manifest
-from megatron_moo.data.rows import EvalRow
-from megatron_moo.data.sampler import LanguagePureSampler
-from megatron_moo.distributed import BucketLevelMoo, MooConfig, install
+from megatron_moo.distributed import BucketLevelMoo, install
 from megatron_moo.training import metrics
-from megatron_moo.training.arguments import OFF, add_moo_arguments, moo_config, validate_moo_arguments
+from megatron_moo.training.arguments import OFF
 from megatron_moo.training.builder import MooGPTModelConfig
-from megatron_moo.training.evaluation import check_lengths, evaluate, read_splits, write_evaluation
-from megatron_moo.training.seams import hooked_training_loop, parse_arguments
-
-
-@dataclasses.dataclass
-class Plan:
-    """What is settled before Megatron starts: the data, who works on what, and how gradients are combined."""
-
-    manifest: Manifest
-    config: MooConfig
-    sampler: LanguagePureSampler
-    micro_batches_per_wave: int
-    evaluation: dict[str, list[EvalRow]]
-
-    @property
-    def objectives(self) -> list[str]:
-        return list(self.config.objectives)
+from megatron_moo.training.evaluation import evaluate, write_evaluation
+from megatron_moo.training.plan import Plan, has_validation, prepare, write_config
+from megatron_moo.training.seams import hooked_training_loop
 
 
 class Run:
@@ -64,7 +48,7 @@ class Run:
         self.moo: BucketLevelMoo | None = None
         self._losses = metrics.LossRecorder(len(plan.objectives))
         self._file: metrics.MetricsFile | None = None
-        self._batches_read = 0  # of the current step
+        self._read: Counter[int] = Counter()  # batches of the current step, by virtual pipeline stage
 
     # -- hooks for pretrain --------------------------------------------------------------------------------------
 
@@ -73,54 +57,94 @@ class Run:
         self.model = model
         if get_args().moo_method != OFF and not get_args().skip_train:
             self.moo = install(model, self.plan.config, self.plan.sampler.assign, self._losses.sums)
+            if self.moo.slot != self._place()[0]:
+                raise RuntimeError(
+                    f"the exchange takes this rank for slot {self.moo.slot}, its data are those of slot "
+                    f"{self._place()[0]}: ranks are not numbered as Megatron does by default"
+                )
+            self._print_cost()
         return model
 
+    def _print_cost(self) -> None:
+        """What the exchange costs a rank of the first stage and one of the last."""
+        args, config, sampler = get_args(), self.plan.config, self.plan.sampler
+        last = args.rank == args.world_size - 1 and args.pipeline_model_parallel_size > 1
+        if args.rank != 0 and not last:
+            return
+        everywhere = config.scope == "global"
+        text = start_report(
+            self.moo.buckets(),
+            waves=sampler.waves,
+            languages=len(self.plan.objectives),
+            blocks=len(self.moo.blocks),
+            half_rows=min(sampler.rows, 2 * config.step_objectives),
+            tp=args.tensor_model_parallel_size if everywhere else 1,
+            pp=args.pipeline_model_parallel_size if everywhere and config.granularity == "model" else 1,
+            host=config.wave_memory == "host",
+            distributed_optimizer=args.use_distributed_optimizer,
+        )
+        for line in text.splitlines():
+            print(f" moo: rank {args.rank}: {line}", flush=True)
+
+    def _place(self) -> tuple[int, int]:
+        return self.plan.place(parallel_state.get_data_parallel_rank())
+
     def datasets(self, num_samples: Any, vp_stage: int | None = None) -> tuple[Iterator | None, Iterator | None, None]:
-        """Megatron's dataset provider, for ``--dataloader-type external``: this slot's iterators."""
+        """Megatron's dataset provider, for ``--dataloader-type external``: this rank's iterators.
+
+        Called for each virtual pipeline stage; the schedule reads an iterator a stage, each at its own pace.
+        """
         args = get_args()
         # By the step's number, as the exchange: a resumed run may have another batch size.
         train = self._batches(args.moo_train_split, args.iteration)
         valid = None
-        if _has_validation(args, self.plan.manifest):
+        if has_validation(args, self.plan.manifest):
             valid = self._batches(args.moo_valid_split, args.consumed_valid_samples // args.global_batch_size)
         return train, valid, None
 
     def _batches(self, split: str, start_step: int) -> MicroBatches:
         args = get_args()
+        slot, peer = self._place()
         return MicroBatches(
             self.plan.manifest,
             split,
             self.plan.sampler,
-            slot=parallel_state.get_data_parallel_rank(),
+            slot=slot,
             micro_batch_size=args.micro_batch_size,
             micro_batches_per_wave=self.plan.micro_batches_per_wave,
             seq_length=args.seq_length,
             pad_id=self.plan.manifest.tokenizer.eod,
             start_step=start_step,
+            peer=peer,
+            peers=self.plan.peers,
         )
 
     def begin_step(self) -> int:
         """Called before the forward passes of a step, again if Megatron repeats it; returns the step's number."""
         self._losses.clear()
-        self._batches_read = 0
+        self._read.clear()
         return get_args().curr_iteration
 
     def forward_step(self, batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple:
-        """One micro-batch through this pipeline stage."""
-        if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
+        """One micro-batch through this chunk of the model."""
+        if not any(get_attr_wrapped_model(model, end) for end in ("pre_process", "post_process")):
             return model(None, None, None), None
         batch = dict(next(batches))  # a copy: Megatron's rerun machine keeps the original
         objective = int(batch.pop("objective"))
         if model.training:
-            self._check_objective(objective)
+            self._check_objective(objective, get_attr_wrapped_model(model, "vp_stage") or 0)
         batch = {key: value.to(torch.cuda.current_device(), non_blocking=True) for key, value in batch.items()}
+        if get_args().context_parallel_size > 1:
+            group = parallel_state.get_context_parallel_group()
+            batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return losses, functools.partial(self._loss, batch["loss_mask"], objective if model.training else None)
 
-    def _check_objective(self, objective: int) -> None:
-        """The exchange takes the sampler's word for a row's language; so must the data."""
-        wave, self._batches_read = self._batches_read // self.plan.micro_batches_per_wave, self._batches_read + 1
-        step, slot = get_args().curr_iteration, parallel_state.get_data_parallel_rank()
+    def _check_objective(self, objective: int, stage: int) -> None:
+        """The exchange takes the sampler's word for a row's language; so must the data of each virtual stage."""
+        wave = self._read[stage] // self.plan.micro_batches_per_wave
+        self._read[stage] += 1
+        step, (slot, _) = get_args().curr_iteration, self._place()
         expected = int(self.plan.sampler.assign(step)[wave, slot])
         if objective != expected:
             names = self.plan.objectives
@@ -130,7 +154,7 @@ class Run:
             )
 
     def _loss(self, mask: torch.Tensor, objective: int | None, losses: torch.Tensor) -> tuple:
-        """Sum of token losses and number of tokens; Megatron divides as its flags say."""
+        """Sum of token losses and number of tokens of this rank's part; Megatron divides as its flags say."""
         total = (losses.float() * mask).sum()
         tokens = mask.sum()
         if objective is not None:
@@ -140,13 +164,14 @@ class Run:
     def after_step(self, *, learning_rate: Any, iteration: int, grad_norm: Any) -> None:
         """Write what the step reports: losses every step, conflicts at intervals."""
         args = get_args()
-        sums = self._losses.reduce(parallel_state.get_data_parallel_group())
+        sums = self._losses.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
         rows = None
         if self.moo is not None and iteration % args.moo_log_interval == 0:
             rows = metrics.gather_blocks(self.moo.record, parallel_state.get_pipeline_model_parallel_group())
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
-        step = metrics.step_fields(iteration, self.plan.objectives, sums, learning_rate, grad_norm)
+        quarantined = self._quarantined()
+        step = metrics.step_fields(iteration, self.plan.objectives, sums, learning_rate, grad_norm, quarantined)
         if args.moo_run_dir is not None:
             self._file = self._file or metrics.MetricsFile(args.moo_run_dir / "metrics.jsonl")
             self._file.write("step", **step)
@@ -161,8 +186,23 @@ class Run:
                 )
         self._report(step, rows)
 
+    def _quarantined(self) -> list[str]:
+        """Languages that were left out of the step because their gradient was not finite."""
+        if self.moo is None:
+            return []
+        flags = self.moo.record.quarantined_K.tolist()
+        return [name for name, left_out in zip(self.plan.objectives, flags, strict=True) if left_out]
+
     def _report(self, step: dict[str, Any], rows: list[dict[str, Any]] | None) -> None:
         writer = get_tensorboard_writer()
+        for name in step.get("quarantined", ()):
+            total = self.moo.quarantined_steps[name]
+            print_rank_last(
+                f" moo: step {step['step']}: the gradient of {name} is not finite, the step goes on without it "
+                f"({total} such steps so far)"
+            )
+            if writer:
+                writer.add_scalar(f"moo/quarantined/{name}", total, step["step"])
         if writer:
             for name, values in step["objectives"].items():
                 if values["loss"] is not None:
@@ -214,95 +254,6 @@ class Run:
         return args.iteration if args.skip_train else args.train_iters
 
 
-def prepare() -> Plan:
-    """Parse and check everything that can be checked before the process group exists.
-
-    Raises:
-        ValueError: naming the option or file, the rule and the remedy.
-    """
-    plans: list[Plan] = []
-    parse_arguments(add_moo_arguments, _defaults(sys.argv[1:]), lambda args: plans.append(_plan(args)))
-    return plans[0]
-
-
-def _plan(args: Any) -> Plan:
-    validate_moo_arguments(args)
-    manifest = Manifest.load(args.moo_data)
-    objectives = _objectives(args, manifest)
-    manifest = dataclasses.replace(manifest, objectives=tuple(objectives))
-    if not _has_validation(args, manifest):
-        args.eval_iters = 0  # or Megatron would ask for batches that nobody has
-    _check_lengths(args, manifest)
-    config = moo_config(args, objectives)
-    if config.method != OFF:
-        config.check_slots(args.data_parallel_size)
-    waves = config.waves_for(args.data_parallel_size)
-    unit = args.micro_batch_size * args.data_parallel_size * waves
-    if args.global_batch_size % unit:
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size} must be a multiple of {unit}: micro batch size "
-            f"{args.micro_batch_size} x {args.data_parallel_size} data-parallel slots x {waves} waves "
-            f"({len(objectives)} languages)"
-        )
-    sampler = LanguagePureSampler(len(objectives), args.data_parallel_size, waves, seed=args.seed)
-    evaluation = read_splits(args.moo_eval_rows, args.moo_eval_limit)
-    check_lengths(evaluation, manifest.load_tokenizer(), args.max_position_embeddings)
-    return Plan(manifest, config, sampler, args.global_batch_size // unit, evaluation)
-
-
-def _check_lengths(args: Any, manifest: Manifest) -> None:
-    """Say which samples are too long, and refuse a language none of whose samples fits."""
-    splits = [args.moo_train_split] + [args.moo_valid_split] * _has_validation(args, manifest)
-    for split in splits:
-        for lang in manifest.objectives:
-            corpus = manifest.corpus(split, lang, args.seq_length + 1)
-            if corpus.dropped and args.rank == 0:
-                print(
-                    f" moo: {split}/{lang}: {corpus.dropped} of {corpus.dropped + len(corpus)} samples are longer than "
-                    f"--seq-length {args.seq_length} and left out"
-                )
-
-
-def _objectives(args: Any, manifest: Manifest) -> list[str]:
-    known = list(manifest.languages(args.moo_train_split))
-    if args.moo_languages is None:
-        return known
-    chosen = [name.strip() for name in args.moo_languages.split(",") if name.strip()]
-    if unknown := [name for name in chosen if name not in known]:
-        raise ValueError(
-            f"--moo-languages: no training data for {', '.join(unknown)} in {args.moo_data}; known: {', '.join(known)}"
-        )
-    return chosen
-
-
-def _has_validation(args: Any, manifest: Manifest) -> bool:
-    return set(manifest.objectives) <= set(manifest.splits.get(args.moo_valid_split, ()))
-
-
-def _defaults(argv: list[str]) -> dict[str, Any]:
-    """Defaults of Megatron's arguments that follow from ours; flags that are given win."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--moo-data", type=Path)
-    early.add_argument("--moo-run-dir", type=Path)
-    ours, _ = early.parse_known_args(argv)
-    defaults: dict[str, Any] = {
-        "dataloader_type": "external",
-        "tokenizer_type": "NullTokenizer",
-        "eval_interval": 1000,
-        "save_interval": 1000,  # Megatron wants one with --save; it saves at the end and on a signal in any case
-    }
-    if ours.moo_data is not None:
-        defaults["vocab_size"] = Manifest.load(ours.moo_data).tokenizer.vocab_size
-    if ours.moo_run_dir is not None:
-        checkpoints = str(ours.moo_run_dir / "checkpoints")
-        defaults |= {
-            "save": checkpoints,
-            "load": checkpoints,
-            "tensorboard_dir": str(ours.moo_run_dir / "tensorboard"),
-        }
-    return defaults
-
-
 def run() -> None:
     """Fine-tune and evaluate, as the command line says. Exits with 2 on bad input."""
     try:
@@ -316,7 +267,7 @@ def run() -> None:
         # ^C asks for the same as Slurm's SIGTERM: finish the step, save, leave.
         signal.signal(signal.SIGINT, signal.getsignal(args.exit_signal))
     if args.moo_run_dir is not None and args.rank == 0:
-        _write_config(args, plan)
+        write_config(args, plan)
     this = Run(plan)
     this.datasets.__func__.is_distributed = True
     model_config = gpt_config_from_args(args, model_config_cls=MooGPTModelConfig)
@@ -330,19 +281,3 @@ def run() -> None:
         )
     if plan.evaluation:
         this.evaluate()
-
-
-def _write_config(args: Any, plan: Plan) -> None:
-    args.moo_run_dir.mkdir(parents=True, exist_ok=True)
-    config = {
-        "method": plan.config.method,
-        "moo": dataclasses.asdict(plan.config),
-        "waves": plan.config.waves_for(args.data_parallel_size),
-        "megatron": {
-            key: value for key, value in vars(args).items() if isinstance(value, str | int | float | bool | None)
-        },
-        "argv": sys.argv[1:],
-    }
-    temporary = args.moo_run_dir / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
-    temporary.replace(args.moo_run_dir / "config.json")

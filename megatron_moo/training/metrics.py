@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +20,10 @@ from megatron_moo.distributed import StepRecord
 
 
 class LossRecorder:
-    """Loss and tokens of every objective in the current step, summed on the device."""
+    """Loss and tokens of every objective in the current step, summed on the device.
+
+    A sum that is not finite is one objective's alone: sums are kept apart, and never multiplied by zero.
+    """
 
     def __init__(self, num_objectives: int) -> None:
         self._num_objectives = num_objectives
@@ -40,7 +44,10 @@ class LossRecorder:
         self._sums_K2 = None
 
     def reduce(self, group: dist.ProcessGroup) -> torch.Tensor | None:
-        """Sums [K, 2] over a data-parallel group, and start afresh; None where no loss was seen (earlier stages)."""
+        """Sums [K, 2] over a group, and start afresh; None where no loss was seen (earlier stages).
+
+        Context-parallel ranks see parts of a sequence: with them, the group is data x context parallel.
+        """
         sums, self._sums_K2 = self._sums_K2, None
         if sums is not None:
             dist.all_reduce(sums, group=group)
@@ -103,15 +110,24 @@ class MetricsFile:
 
 
 def step_fields(
-    iteration: int, objectives: list[str], sums_K2: torch.Tensor, learning_rate: float, grad_norm: Any
+    iteration: int,
+    objectives: list[str],
+    sums_K2: torch.Tensor,
+    learning_rate: float,
+    grad_norm: Any,
+    quarantined: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The ``step`` line: the loss over all tokens, and each objective's own."""
+    """The ``step`` line: the loss over all tokens, each objective's own, and who was left out of the step.
+
+    A loss that is not finite stays its objective's: the loss over all tokens is that of the others.
+    """
     sums = sums_K2.tolist()
-    tokens = sum(n for _, n in sums)
-    return {
+    finite = [(loss, n) for loss, n in sums if math.isfinite(loss)]
+    tokens = sum(n for _, n in finite)
+    fields = {
         "step": iteration,
         "time": time.time(),
-        "loss": sum(loss for loss, _ in sums) / max(tokens, 1),
+        "loss": sum(loss for loss, _ in finite) / tokens if tokens else None,
         "grad_norm": None if grad_norm is None else float(grad_norm),
         "lr": learning_rate,
         "objectives": {
@@ -119,6 +135,7 @@ def step_fields(
             for name, (loss, n) in zip(objectives, sums, strict=True)
         },
     }
+    return fields | ({"quarantined": list(quarantined)} if quarantined else {})
 
 
 def mean_of(rows: list[dict[str, Any]], field: str) -> float | None:

@@ -18,14 +18,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import megatron.training.arguments as arguments
 import megatron.training.training as loop
+import torch.distributed as dist
 from megatron.training import print_rank_0
 
+from megatron_moo.aggregation import WRAPPERS, layers
 from megatron_moo.distributed import BucketLevelMoo
 
 SCHEDULER_KEY = "megatron_moo"
@@ -119,8 +122,7 @@ def hooked_training_loop(
 
     def get_optimizer_param_scheduler(optimizer: Any) -> Any:
         scheduler = stock["get_optimizer_param_scheduler"](optimizer)
-        if moo() is not None:
-            _carry_state(scheduler, moo())
+        _carry_state(scheduler, moo())
         return scheduler
 
     def training_log(
@@ -141,18 +143,62 @@ def hooked_training_loop(
             setattr(loop, name, stock[name])
 
 
-def _carry_state(scheduler: Any, moo: BucketLevelMoo) -> None:
+def _carry_state(scheduler: Any, moo: BucketLevelMoo | None) -> None:
+    """Let the scheduler's checkpoint carry the aggregator's state, and its refusals be one line."""
     own_state, own_load = scheduler.state_dict, scheduler.load_state_dict
 
     def state_dict() -> dict[str, Any]:
         return {**own_state(), SCHEDULER_KEY: moo.state_dict()}
 
     def load_state_dict(state: dict[str, Any]) -> None:
-        own_load({key: value for key, value in state.items() if key != SCHEDULER_KEY})
-        if SCHEDULER_KEY in state and (fresh := moo.load_state_dict(state[SCHEDULER_KEY])):
-            print_rank_0(
-                f" moo: the checkpoint has no aggregator state for {len(fresh)} of {len(moo.blocks)} blocks of "
-                f"the first stage, which start afresh: {', '.join(fresh[:5])}"
+        # All ranks load the same state, so all stop, or none.
+        try:
+            own_load({key: value for key, value in state.items() if key != SCHEDULER_KEY})
+        except AssertionError as error:
+            _stop(
+                f"the checkpoint's learning-rate schedule is not this run's: {error}; --override-opt-param-scheduler "
+                "takes this run's, --use-checkpoint-opt-param-scheduler the checkpoint's"
             )
+        if moo is None:
+            return
+        try:
+            _load_state(moo, state.get(SCHEDULER_KEY))
+        except ValueError as error:
+            _stop(str(error))
 
-    scheduler.state_dict, scheduler.load_state_dict = state_dict, load_state_dict
+    if moo is not None:
+        scheduler.state_dict = state_dict
+    scheduler.load_state_dict = load_state_dict
+
+
+def _stop(reason: str) -> NoReturn:
+    if dist.get_rank() == 0:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _load_state(moo: BucketLevelMoo, state: dict[str, Any] | None) -> None:
+    """Take up the aggregator's state, and say what of it is missing or left."""
+    if state is None:
+        if moo.aggregator.stateful:
+            print_rank_0(f" moo: the checkpoint has no state of {moo.config.method}, which starts afresh")
+        return
+    fresh: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(fresh, moo.load_state_dict(state))
+    if names := list(dict.fromkeys(name for part in fresh for name in part)):
+        print_rank_0(
+            f" moo: the checkpoint has no aggregator state for {len(names)} blocks, which start afresh: "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            + (
+                "; buckets follow --ddp-bucket-size and the pipeline cut, other blocks would carry over"
+                if moo.config.granularity == "bucket"
+                else ""
+            )
+        )
+    saved = {key for entries in state["blocks"].values() for key in entries}
+    ours = {key: layer for layer in layers(moo.aggregator) for key in layer.state_keys}
+    owners = {key: kind.__name__ for kind in WRAPPERS.values() for key in kind.state_keys}
+    if left := sorted({owners.get(key, key) for key in saved - ours.keys()}):
+        print_rank_0(f" moo: the checkpoint's state of {', '.join(left)}, which this run does not have, is dropped")
+    if new := sorted(f"{type(ours[key]).__name__} ({key})" for key in ours.keys() - saved):
+        print_rank_0(f" moo: the checkpoint has no state of {', '.join(new)}, which starts afresh")

@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_moo.aggregation import AGGREGATORS, build_aggregator
 from megatron_moo.distributed import MooConfig, install
-from megatron_moo.distributed.sync import _generator
+from megatron_moo.distributed.weights import _generator
 from tests.helpers import reference, tiny_gpt
 from tests.helpers.multiprocess import init_megatron, run_ranks
 

@@ -96,6 +96,28 @@ def _leave_gathers_due(chunks: list) -> None:
                     shard.zero_()
 
 
+EXPERTS = tiny_gpt.Variant(experts=4, dispatcher="allgather")
+
+
+def _decode_with_experts(rank: int, ep: int, eod: int) -> list[list[int]]:
+    from megatron_moo.training.decode import greedy_decode
+
+    init_megatron(ep=ep)
+    chunk = tiny_gpt.wrap(tiny_gpt.build(EXPERTS))
+    options = dict(max_new_tokens=NEW, seq_length=LONGEST, eod=eod, vocab_size=REAL_IDS, batch_size=3)
+    return greedy_decode([chunk], _prompts(), **options)
+
+
+def test_ranks_that_share_experts_decode_in_step(reference):
+    """Would catch: experts that get rows of other lengths, or other numbers of rows, from their peers: a crash, or
+    tokens of one prompt in another's answer."""
+    eod, _ = reference
+    (alone,) = run_ranks(_decode_with_experts, 1, 1, eod)
+    assert len({len(answer) for answer in alone}) > 2
+    for answers in run_ranks(_decode_with_experts, 4, 2, eod):
+        assert answers == alone
+
+
 def test_a_trained_model_in_an_interleaved_pipeline(tiny_argv):
     """Would catch: decoding that starts before overlapped parameter gathers end, or loses a chunk of a stage."""
     interleaved = ("--num-layers-per-virtual-pipeline-stage", "1", "--overlap-grad-reduce", "--overlap-param-gather")

@@ -21,15 +21,54 @@ def data(tmp_path_factory):
     return prepare_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("per_token", [True, False], ids=["tokens", "slots"])
-def test_mean_trains_like_off(data, per_token):
-    """Would catch: waves, token counts or reports that the entry hands to Megatron otherwise than stock does."""
-    flags = ["--calculate-per-token-loss"] * per_token + ["--overlap-grad-reduce"]
-    off, mean = (run_entry(entry_argv(data, "--moo-method", method, *flags, tp=2), 4) for method in ("off", "mean"))
+# Ranks, sizes, flags. Interleaved: three waves on one slot, two micro-batches each. Experts: two slots of two
+# data-parallel ranks, two waves.
+LAYOUTS = {
+    "tokens": (4, {"tp": 2}, "--calculate-per-token-loss --overlap-grad-reduce"),
+    "slots": (4, {"tp": 2}, "--overlap-grad-reduce"),
+    "interleaved": (
+        2,
+        {"pp": 2},
+        "--num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --calculate-per-token-loss --overlap-grad-reduce "
+        "--global-batch-size 12 --eval-interval 2 --eval-iters 1 --moo-eval-rows ROWS --moo-eval-new-tokens 2",
+    ),
+    "experts": (
+        4,
+        {},
+        "--num-experts 4 --expert-model-parallel-size 2 --moe-router-topk 2 --no-bias-gelu-fusion "
+        "--calculate-per-token-loss --global-batch-size 16 --moo-eval-rows ROWS --moo-eval-new-tokens 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_trains_like_off(data, layout):
+    """Would catch: waves, token counts, virtual stages or the peers of a slot that the entry hands to Megatron
+    otherwise than stock does, and reports that are summed otherwise."""
+    ranks, sizes, flags = LAYOUTS[layout]
+    flags = flags.replace("ROWS", str(data.parent / "rows" / "test")).split()
+    argv = {method: entry_argv(data, "--moo-method", method, *flags, **sizes) for method in ("off", "mean")}
+    off, mean = (run_entry(argv[method], ranks) for method in argv)
     for stock, ours in zip(off, mean, strict=True):
-        assert len(stock.losses) == len(stock.grad_norms) == 4
+        assert len(stock.grad_norms) == len(ours.grad_norms) == 4
         assert ours.losses == pytest.approx(stock.losses, rel=1e-6)
         assert ours.grad_norms == pytest.approx(stock.grad_norms, rel=1e-6)
+    assert len(mean[-1].losses) == 4
+
+
+def test_a_rotating_subset(data, tmp_path):
+    """Would catch: a step of other languages than the sampler's subset, or waves for all of them."""
+    flags = ("--moo-method", "mgda", "--moo-active", "2", "--moo-run-dir", str(tmp_path / "run"))
+    run_entry(entry_argv(data, *flags, "--moo-check-assignment"), 2)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["waves"], config["slots"], config["moo"]["active"]) == (1, 2, 2)
+    run = read_run(tmp_path / "run")
+    seen = [{name for name, cell in step["objectives"].items() if cell["tokens"]} for step in run.metrics.steps]
+    assert [len(languages) for languages in seen] == [2] * 4
+    assert seen[0] | seen[1] | seen[2] == set(LANGUAGES)
+    for languages, record in zip(seen, run.metrics.blocks, strict=True):
+        active = [name in languages for name in LANGUAGES]
+        assert all(block["active"] == active for block in record["blocks"])
 
 
 def _signalled(number: signal.Signals, ranks: tuple[int, ...]) -> Callable[[], None]:

@@ -109,11 +109,13 @@ def test_gradients_cost_the_bytes_of_stock_megatron(layout):
         assert ("reduce_scatter_tensor", dp) not in exchanged
     # Norms under sequence parallelism and the tied embedding are reduced in shards: a rank's part differs, the sum
     # does not. Beyond that, exactly: one Gramian of D half rows over the data- and one over the tensor-parallel ranks,
-    # and every slot's number of tokens (8 bytes each) in the place of their sum (4 bytes).
+    # every slot's number of tokens (8 bytes each) in the place of their sum (4 bytes), and over the stages 4 bytes for
+    # each language, whether its gradient was finite.
     extra = sum(sum(sent.values()) for sent, _ in ours) - sum(sum(sent.values()) for sent, _ in stock)
     gramians = sum(8 * (2 * blocks * dp**2 * (size - 1) // size) for _, blocks in ours for size in (dp, tp))
     counts = len(ours) * (8 * (dp - 1) - 4 * (2 * (dp - 1) // dp))
-    assert extra == gramians + counts
+    finite = len(ours) * 4 * 2 * 3 * (pp - 1) // pp
+    assert extra == gramians + counts + finite
 
 
 def test_every_wave_costs_one_exchange():

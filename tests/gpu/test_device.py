@@ -62,7 +62,7 @@ def _without_waiting(device: str, function, *arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_multiplied_and_combined_as_on_the_cpu(dtype):
     """Would catch TF32 in the Gramian, and a combination that loses fp32 accumulation."""
-    n = 3 * ops.CHUNK + 100
+    n = 100_100
     generator = torch.Generator().manual_seed(1)
     rows = [[torch.randn(3, n, generator=generator).to(dtype) for _ in range(2)]]
     blocks = BlockMap(["a", "b"], [Segment(0, 0, n - 50, 0, True), Segment(0, n - 50, n, 1, True)], [], [], [], [])
@@ -74,7 +74,7 @@ def test_rows_are_multiplied_and_combined_as_on_the_cpu(dtype):
         shard = torch.zeros(n, dtype=dtype, device=device)
         plan = ops.RowPlan.from_assignment(assignment, 3, device)
         gram = _without_waiting(device, ShardGramian(blocks, [n], device), here, plan)
-        ops.combine(here, blocks, coefficients.to(device), [shard])
+        ops.combine(here[0], blocks.segments, coefficients.to(device), shard)
         results.append((gram.cpu(), shard.cpu()))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)

@@ -69,14 +69,34 @@ def run_entry(argv: list[str], world_size: int, main: Callable[[], None] = entry
 
 
 def weights(model: list[torch.nn.Module], optimizer: Any) -> dict[str, torch.Tensor]:
-    """Copies of this rank's weights and Adam moments; an `inspect` of `run_pretrain`."""
-    copies = {name: value.detach().clone() for name, value in model[0].module.named_parameters()}
-    inner = optimizer.chained_optimizers[0].optimizer
-    parameters = [p for group in inner.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
-        for key, value in inner.state[parameter].items():
-            copies[f"optimizer/{index}/{key}"] = torch.as_tensor(value).detach().clone()
-    return copies
+    """Copies of this rank's weights, Adam moments and aggregator state; an `inspect` of `run_pretrain`."""
+    copies = {
+        f"chunk{i}/{name}": value.detach().clone()
+        for i, chunk in enumerate(model)
+        for name, value in chunk.module.named_parameters()
+    }
+    for number, part in enumerate(optimizer.chained_optimizers):
+        parameters = [p for group in part.optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(parameters):
+            for key, value in part.optimizer.state[parameter].items():
+                copies[f"optimizer{number}/{index}/{key}"] = torch.as_tensor(value).detach().clone()
+    return copies | aggregator_state(model)
+
+
+def aggregator_state(model: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """State of the installed method, by block and key; empty where nothing is installed. Collective."""
+    moo = installed(model)
+    if moo is None:
+        return {}
+    blocks = moo.state_dict()["blocks"]
+    return {f"aggregator/{name}/{key}": value for name, entries in blocks.items() for key, value in entries.items()}
+
+
+def installed(model: list[torch.nn.Module]) -> Any:
+    """The `BucketLevelMoo` of a model, or None."""
+    from megatron.core.utils import get_model_config
+
+    return getattr(get_model_config(model[0]).finalize_model_grads_func, "__self__", None)
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:

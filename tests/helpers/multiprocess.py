@@ -216,11 +216,23 @@ def _destroy() -> None:
     torch.distributed.destroy_process_group()
 
 
-def init_megatron(tp: int = 1, pp: int = 1, virtual_pp: int | None = None, seed: int = 1234, **kwargs: Any) -> None:
+def init_megatron(
+    tp: int = 1,
+    pp: int = 1,
+    virtual_pp: int | None = None,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
+    *,
+    seed: int = 1234,
+    **kwargs: Any,
+) -> None:
     """Inside a rank: the CPU shim, Megatron's process groups and its random states.
 
     Args:
-        tp, pp, virtual_pp: tensor- and pipeline-parallel sizes, pipeline chunks per stage; the rest is data-parallel.
+        tp, pp, cp, ep: tensor-, pipeline-, context- and expert-parallel sizes; the rest is data-parallel.
+        virtual_pp: pipeline chunks per stage.
+        etp: tensor-parallel size of experts; default: tp.
         seed: of the tensor-parallel random states.
         kwargs: further arguments of `parallel_state.initialize_model_parallel`.
 
@@ -234,5 +246,13 @@ def init_megatron(tp: int = 1, pp: int = 1, virtual_pp: int | None = None, seed:
     cpu.install()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp, virtual_pp, **kwargs)
+    parallel_state.initialize_model_parallel(
+        tp,
+        pp,
+        virtual_pp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        **kwargs,
+    )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Trace:
     losses: list[float] = field(default_factory=list)  # the last pipeline stage alone
     grad_norms: list[float] = field(default_factory=list)
     exit_code: int | None = None  # where the run ended by sys.exit
+    output: str = ""  # what the rank wrote to stdout and stderr
     inspected: Any = None
 
 
@@ -76,7 +78,10 @@ def _pretrain_rank(rank: int, argv: list[str], main: Callable[[], None], inspect
         main()
     except SystemExit as exit_:
         trace.exit_code = exit_.code or 0
+    sys.stdout.flush()
+    trace.output = Path(sys.stdout.name).read_text(errors="replace")  # run_ranks sends both there
     if inspect is not None:
+        assert built, f"ended with {trace.exit_code} before there was a model: {trace.output[-1000:]}"
         trace.inspected = inspect(*built[0][:2])
     return trace
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_moo.distributed.blocks import ModelRank, build_block_map
+from megatron_moo.distributed.blocks import BucketSpans, ModelRank, build_block_map
 from megatron_moo.distributed.upstream import TIED_EMBEDDING, ParameterTraits
 
 SLOTS = 3
@@ -31,7 +31,14 @@ def _stage():
 def _maps(granularity, scope, tp=0):
     buckets, sizes, traits = _stage()
     return [
-        build_block_map(buckets, sizes, traits, granularity, scope, ModelRank(tp, 1, slot)) for slot in range(SLOTS)
+        build_block_map(
+            [BucketSpans(params, size, slot) for params, size in zip(buckets, sizes, strict=True)],
+            traits,
+            granularity,
+            scope,
+            ModelRank(tp, 1, tp),
+        )
+        for slot in range(SLOTS)
     ]
 
 

@@ -56,25 +56,34 @@ def test_order_of_folding_covers_every_row_once(assignment):
         assert [[row] for row in plan.place_H.tolist()] == halves
 
 
-def test_combination_fills_segments_and_clears_the_rest():
-    """Would catch coefficients of the wrong row or block, and stale rows left in the padding."""
+def _combine(rows, coefficients, shards):
+    for bucket, (waves, shard) in enumerate(zip(rows, shards, strict=True)):
+        ops.combine(waves, BLOCKS.by_bucket(2)[bucket], coefficients, shard)
+
+
+@pytest.mark.parametrize("columns", [ops.CPU_COLUMNS, 7])
+def test_combination_fills_segments_and_leaves_the_padding(monkeypatch, columns):
+    """Would catch coefficients of the wrong row, block or piece."""
+    monkeypatch.setattr(ops, "CPU_COLUMNS", columns)
     rows = _rows()
     coefficients = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    shards = [torch.full((52,), 9.0), torch.full((32,), 9.0)]
-    ops.combine(rows, BLOCKS, coefficients, shards)
+    shards = [torch.zeros(52), torch.zeros(32)]
+    _combine(rows, coefficients, shards)
     expected = torch.cat([coefficients[0] @ _all(rows, 0)[:, :40], coefficients[1] @ _all(rows, 0)[:, 40:50]])
     torch.testing.assert_close(shards[0][:50].double(), expected, rtol=1e-5, atol=1e-5)
     assert shards[0][50:].tolist() == [0, 0]
     torch.testing.assert_close(shards[1][30:].double(), coefficients[0] @ _all(rows, 1)[:, 30:], rtol=1e-5, atol=1e-5)
 
 
-def test_combination_may_overwrite_its_own_rows():
+@pytest.mark.parametrize("columns", [ops.CPU_COLUMNS, 7])
+def test_combination_may_overwrite_its_own_rows(monkeypatch, columns):
     """Would catch a shard written before the rows in the same memory were read."""
+    monkeypatch.setattr(ops, "CPU_COLUMNS", columns)
     rows = _rows()
     copies = [[wave.clone() for wave in waves] for waves in rows]
     shards = [waves[-1][1] for waves in rows]  # the second slot's part of the bucket's memory
     coefficients = torch.ones(2, 6, dtype=torch.float64)
-    ops.combine(rows, BLOCKS, coefficients, shards)
+    _combine(rows, coefficients, shards)
     torch.testing.assert_close(shards[0][:50].double(), _all(copies, 0).sum(0)[:50], rtol=1e-5, atol=1e-5)
 
 

@@ -182,7 +182,7 @@ def test_every_schedule_calls_finalize_and_takes_what_waves_hand_on():
 
 def _refusals(rank: int) -> dict[str, str]:
     init_megatron()
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.distributed import finalize_model_grads
 
     from megatron_moo.distributed import MooConfig, install
     from tests.helpers import tiny_gpt
@@ -198,12 +198,7 @@ def _refusals(rank: int) -> dict[str, str]:
         return "installed"
 
     model, chunk = tiny_gpt.build(tiny_gpt.Variant()), tiny_gpt.wrap(tiny_gpt.build(tiny_gpt.Variant()))
-    result = {"bare": refusal([model]), "two chunks": refusal([chunk, chunk])}
-    plain = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    result["all-reduce"] = refusal([plain])
-    averaging = tiny_gpt.wrap(tiny_gpt.build(tiny_gpt.Variant()))
-    averaging.ddp_config.average_in_collective = True
-    result["average"] = refusal([averaging])
+    result = {"bare": refusal([model])}
     rows = tiny_gpt.wrap(tiny_gpt.build(tiny_gpt.Variant(per_token_loss=False)))
     stock_groups, stock_hook = list(rows.bucket_groups), rows.config.finalize_model_grads_func
     result["tokens"] = refusal([rows], preference="tokens")
@@ -220,9 +215,6 @@ def test_install_refuses_with_option_and_remedy():
     found = run_ranks(_refusals, 1)[0]
     expected = {
         "bare": ("DistributedDataParallel", "found GPTModel", "--use-megatron-fsdp"),
-        "two chunks": ("--virtual-pipeline-model-parallel-size", "drop it"),
-        "all-reduce": ("add --use-distributed-optimizer",),
-        "average": ("--ddp-average-in-collective", "drop it"),
         "tokens": ("preference='tokens'", "--calculate-per-token-loss", "preference='slots'"),
         "method": ("'cagrd'", "known:", "cagrad"),
         "finalize": ("finalize_model_grads_func is already set", "leave it unset"),

@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from megatron_moo.aggregation import AGGREGATORS, WRAPPERS, aggregator_options
+from megatron_moo.distributed import MooConfig
 from megatron_moo.finetune import missing_flags
 from megatron_moo.training.arguments import add_moo_arguments, moo_config, validate_moo_arguments
 
@@ -88,15 +89,38 @@ def test_weights_are_put_in_the_order_of_the_languages():
     assert moo_config(args, ["de", "en"]).preference_weights == [1.0, 3.0]
 
 
+def test_waves_and_faults_reach_the_configuration():
+    """Would catch: a flag that is parsed and forgotten, or another default than the library's."""
+    flags = ("--moo-active", "1", "--moo-waves", "2", "--moo-wave-memory", "host", "--moo-nonfinite", "pass")
+    args = _args(*flags, "--moo-max-quarantined", "7", "--moo-check-assignment")
+    validate_moo_arguments(args)
+    config = moo_config(args, ["de", "en"])
+    assert (config.active, config.waves, config.wave_memory) == (1, 2, "host")
+    assert (config.nonfinite, config.max_quarantined, config.check_assignment) == ("pass", 7, True)
+    args = _args()
+    validate_moo_arguments(args)
+    assert moo_config(args, ["de"]) == MooConfig(objectives=["de"], method="mean", seed=5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--moo-active", "0"), "--moo-active must be at least 1 and at most the 2 languages .*found 0"),
+        (("--moo-active", "3"), r"--moo-active .* at most the 2 languages \(de, en\), found 3"),
+        (("--moo-waves", "0"), "--moo-waves must be at least 1, found 0"),
+        (("--moo-max-quarantined", "-1"), "--moo-max-quarantined must be at least 0, found -1"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(flags, message):
+    """Would catch: a subset of no language, or of more than there are."""
+    with pytest.raises(ValueError, match=message):
+        moo_config(_args(*flags), ["de", "en"])
+
+
 RULES = {
     "save_wgrads_interval": 2,
-    "expert_model_parallel_size": 2,
-    "num_experts": 4,
-    "gtp_weight_remat_size": 2,
-    "virtual_pipeline_model_parallel_size": 2,
     "use_megatron_fsdp": True,
     "use_torch_fsdp2": True,
-    "use_distributed_optimizer": False,
     "overlap_param_gather_with_optimizer_step": True,
     "num_distributed_optimizer_instances": 2,
     "ddp_reduce_scatter_with_fp32_accumulation": True,
@@ -119,7 +143,7 @@ def test_each_rule_of_the_exchange_names_its_option_and_leaves_stock_alone(optio
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("context_parallel_size", 2), ("iterations_to_skip", [3]), ("rampup_batch_size", [1, 1, 1]),
+    [("iterations_to_skip", [3]), ("rampup_batch_size", [1, 1, 1]),
      ("dataloader_type", "cyclic"), ("eval_micro_batch_size", 3), ("eval_global_batch_size", 3)],
 )  # fmt: skip
 def test_rules_of_the_data_hold_for_stock_too(option, value):

@@ -48,10 +48,24 @@ def test_a_line_with_every_kind_of_hole_is_read_back(tmp_path):
     step, blocks = read_metrics(tmp_path / "run" / "metrics.jsonl").steps[0], lines[1]["blocks"]
     assert step["objectives"]["de"] == {"loss": 2.0, "tokens": 4}
     assert step["objectives"]["ru"] == {"loss": None, "tokens": 0}
-    assert step["loss"] is None and step["grad_norm"] is None
+    assert step["grad_norm"] is None and "quarantined" not in step
     assert blocks[0]["conflict_share"] == 1.0 and blocks[0]["control_share"] == 1.0
     assert blocks[0]["cosine"][0][2] is None
     assert metrics.mean_of(rows, "conflict_share") is not None
+
+
+def test_a_loss_that_is_not_finite_stays_its_languages_own(tmp_path):
+    """Would catch: one language's NaN in the others' losses, in the loss over all tokens, or in the file."""
+    losses = metrics.LossRecorder(3)
+    for objective, total in ((0, 6.0), (1, math.nan), (1, 1.0), (2, 3.0)):
+        losses.add(objective, torch.tensor(total), torch.tensor(3))
+    fields = metrics.step_fields(4, ["de", "en", "ru"], losses.sums(), 1e-3, 1.0, ["en"])
+    metrics.MetricsFile(tmp_path / "metrics.jsonl").write("step", **fields)
+    step = read_metrics(tmp_path / "metrics.jsonl").steps[0]
+    assert {name: cell["loss"] for name, cell in step["objectives"].items()} == {"de": 2.0, "en": None, "ru": 1.0}
+    assert step["objectives"]["en"]["tokens"] == 6
+    assert step["loss"] == 1.5 and step["quarantined"] == ["en"]
+    assert metrics.step_fields(4, ["en"], torch.tensor([[math.nan, 2.0]]), 1e-3, 1.0)["loss"] is None
 
 
 def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):

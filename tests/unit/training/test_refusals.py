@@ -29,6 +29,7 @@ def _refused(argv: list[str], run_dir: Path, world_size: int = 1) -> str:
 
 # What is wrong -> flags, number of ranks, what the text must hold. The batch of 12 suits one and two slots.
 BATCH = ("--global-batch-size", "12")
+INTERLEAVED = tuple("--num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --pipeline-model-parallel-size 2".split())
 FLAGS = {
     "language": (("--moo-languages", "de,xx"), 1, ("--moo-languages", "xx", "known: de, en, ru")),
     "language twice": (("--moo-languages", "de,de"), 1, ("distinct",)),
@@ -37,7 +38,28 @@ FLAGS = {
     "option": (("--moo-methd", "mean"), 1, ("unrecognized", "--moo-methd")),
     "option of another method": (("--moo-method", "mgda", "--moo-cagrad-c", "0.3"), 1, ("--moo-cagrad-c", "drop it")),
     "value out of range": (("--moo-method", "cagrad", "--moo-cagrad-c", "7"), 1, ("[0, 1)", "7")),
-    "batch": (("--global-batch-size", "10"), 1, ("--global-batch-size 10", "multiple of 6", "3 waves")),
+    "batch": (("--global-batch-size", "10"), 1, ("--global-batch-size 10", "multiple of 6", "3 waves", "6 and 12")),
+    "small batch": (("--global-batch-size", "4"), 1, ("multiple of 6", "the nearest is 6")),
+    "batch of an interleaved pipeline": (
+        (*INTERLEAVED, "--global-batch-size", "18", "--microbatch-group-size-per-virtual-pipeline-stage", "4"),
+        2,
+        ("leaves 3 micro-batches", "3 waves", "groups of 4", "stages (2)", "24 and 36"),
+    ),
+    "subset without rows": (("--moo-active", "2", "--moo-waves", "1"), 1, ("--moo-active", "1 rows", "--moo-waves")),
+    "subset of too many": (("--moo-active", "4"), 1, ("--moo-active", "at most the 3 languages", "found 4")),
+    "decoding in groups": (
+        (
+            *INTERLEAVED,
+            "--global-batch-size",
+            "24",
+            "--microbatch-group-size-per-virtual-pipeline-stage",
+            "4",
+            "--moo-eval-rows",
+            "rows",
+        ),
+        2,
+        ("--moo-eval-rows", "--microbatch-group-size-per-virtual-pipeline-stage 4", "set it to 2"),
+    ),
     "weights": (("--moo-preference", "given"), 1, ("--moo-preference-weights", "found")),
     "weights of others": (
         ("--moo-preference", "given", "--moo-preference-weights", "de=1,en=2,xx=1"),
@@ -50,18 +72,7 @@ FLAGS = {
     "evaluation rows": (("--moo-eval-rows", "/nowhere"), 1, ("--moo-eval-rows", "/nowhere")),
     "samples too long": (("--seq-length", "1"), 1, ("'de'", "raise --seq-length")),
     "width": (("--hidden-size", "15"), 1, ("Megatron refuses", "args.hidden_size % args.num_attention_heads")),
-    "context parallel": (("--context-parallel-size", "2"), 2, ("--context-parallel-size", "set it to 1")),
-    "context parallel, stock": (("--context-parallel-size", "2", "--moo-method", "off"), 2, ("--context-parallel",)),
-    "expert parallel": (
-        ("--expert-model-parallel-size", "2", "--num-experts", "2"),
-        2,
-        ("--expert-model-parallel-size", "dense model"),
-    ),
-    "interleaved": (
-        ("--num-layers", "4", "--num-layers-per-virtual-pipeline-stage", "1", "--pipeline-model-parallel-size", "2"),
-        2,
-        ("--virtual-pipeline-model-parallel-size", "drop"),
-    ),
+    "context parallel": (("--context-parallel-size", "2"), 2, ("--context-parallel-size", "transformer_engine")),
     "ramp-up": (("--rampup-batch-size", "6", "6", "100"), 1, ("--rampup-batch-size", "drop it")),
     "skipped steps": (("--iterations-to-skip", "2"), 1, ("--iterations-to-skip", "drop it")),
     "saved gradients": (("--save-wgrads-interval", "2"), 1, ("--save-wgrads-interval", "drop it")),
@@ -76,12 +87,6 @@ def test_flags_that_do_not_work_are_refused_before_anything_is_written(data, tmp
     flags, world_size, expected = FLAGS[case]
     text = _refused(entry_argv(data, *BATCH, *flags), tmp_path / "run", world_size)
     assert all(part in text for part in expected), text
-
-
-def test_without_the_distributed_optimizer_the_remedy_is_named(data, tmp_path):
-    """Would catch: a run without shards, where there is nothing to combine into."""
-    argv = [flag for flag in entry_argv(data, *BATCH) if flag != "--use-distributed-optimizer"]
-    assert "add --use-distributed-optimizer" in _refused(argv, tmp_path / "run")
 
 
 def test_megatron_fsdp_is_refused(data, tmp_path):

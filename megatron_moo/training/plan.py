@@ -1,0 +1,232 @@
+"""What is settled before Megatron starts: data, slots, who works on what, and how gradients are combined.
+
+Legend: D slots, P data-parallel ranks of a slot (its peers), W waves, M micro-batches of a rank in a wave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_moo.data.manifest import Manifest
+from megatron_moo.data.rows import EvalRow
+from megatron_moo.data.sampler import LanguagePureSampler
+from megatron_moo.distributed import MooConfig
+from megatron_moo.distributed.slots import num_slots
+from megatron_moo.training.arguments import OFF, add_moo_arguments, moo_config, validate_moo_arguments
+from megatron_moo.training.evaluation import check_lengths, read_splits
+from megatron_moo.training.resume import check_checkpoint
+from megatron_moo.training.seams import parse_arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run, as far as the command line decides it.
+
+    Attributes:
+        manifest: the data, of the chosen languages alone.
+        config: how gradients are combined.
+        sampler: over D slots and W waves.
+        peers: P.
+        micro_batches_per_wave: M.
+        evaluation: rows to decode, by split.
+    """
+
+    manifest: Manifest
+    config: MooConfig
+    sampler: LanguagePureSampler
+    peers: int
+    micro_batches_per_wave: int
+    evaluation: dict[str, list[EvalRow]]
+
+    @property
+    def objectives(self) -> list[str]:
+        return list(self.config.objectives)
+
+    def place(self, data_parallel_rank: int) -> tuple[int, int]:
+        """Slot of a data-parallel rank, and its number among the slot's peers: Megatron numbers them in a row."""
+        return divmod(data_parallel_rank, self.peers)
+
+
+def prepare() -> Plan:
+    """Parse and check everything that can be checked before the process group exists.
+
+    Raises:
+        ValueError: naming the option or file, the rule and the remedy.
+    """
+    plans: list[Plan] = []
+    parse_arguments(add_moo_arguments, _defaults(sys.argv[1:]), lambda args: plans.append(_plan(args)))
+    return plans[0]
+
+
+def has_validation(args: Any, manifest: Manifest) -> bool:
+    """Whether the validation split holds every language."""
+    return set(manifest.objectives) <= set(manifest.splits.get(args.moo_valid_split, ()))
+
+
+def write_config(args: Any, plan: Plan) -> None:
+    """Write config.json (docs/metrics.md) into the run directory, whole or not at all."""
+    args.moo_run_dir.mkdir(parents=True, exist_ok=True)
+    config = {
+        "method": plan.config.method,
+        "moo": dataclasses.asdict(plan.config),
+        "waves": plan.sampler.waves,
+        "slots": plan.sampler.slots,
+        "megatron": {
+            key: value for key, value in vars(args).items() if isinstance(value, str | int | float | bool | None)
+        },
+        "argv": sys.argv[1:],
+    }
+    temporary = args.moo_run_dir / "config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
+    temporary.replace(args.moo_run_dir / "config.json")
+
+
+def _plan(args: Any) -> Plan:
+    validate_moo_arguments(args)
+    manifest = Manifest.load(args.moo_data)
+    objectives = _objectives(args, manifest)
+    manifest = dataclasses.replace(manifest, objectives=tuple(objectives))
+    if not has_validation(args, manifest):
+        args.eval_iters = 0  # or Megatron would ask for batches that nobody has
+    _check_lengths(args, manifest)
+    config = moo_config(args, objectives)
+    slots = num_slots(
+        args.world_size // args.pipeline_model_parallel_size,
+        args.tensor_model_parallel_size,
+        args.context_parallel_size,
+        args.expert_model_parallel_size,
+        args.expert_tensor_parallel_size,
+    )
+    if config.method != OFF:
+        config.check_slots(slots)
+        _leave_nan_to_quarantine(args)
+    sampler = LanguagePureSampler(
+        len(objectives), slots, config.waves_for(slots), seed=args.seed, active=args.moo_active
+    )
+    peers = args.data_parallel_size // slots
+    micro_batches = _micro_batches_per_wave(args, sampler, peers)
+    _check_decoding(args)
+    evaluation = read_splits(args.moo_eval_rows, args.moo_eval_limit)
+    check_lengths(evaluation, manifest.load_tokenizer(), args.max_position_embeddings)
+    check_checkpoint(args, config, sampler.rows)
+    return Plan(manifest, config, sampler, peers, micro_batches, evaluation)
+
+
+def _micro_batches_per_wave(args: Any, sampler: LanguagePureSampler, peers: int) -> int:
+    """M, from the global batch size.
+
+    Raises:
+        ValueError: if it is not whole, or the interleaved pipeline cannot run so many.
+    """
+    slots, waves = sampler.slots, sampler.waves
+    unit = args.micro_batch_size * slots * peers * waves
+    found = f"--global-batch-size {args.global_batch_size}"
+    if args.global_batch_size % unit:
+        below = args.global_batch_size // unit * unit
+        ranks = f"{slots} slots" + (f" of {peers} data-parallel ranks" if peers > 1 else "")
+        raise ValueError(
+            f"{found} must be a multiple of {unit}: micro batch size {args.micro_batch_size} x {ranks} x {waves} waves "
+            f"({sampler.num_objectives} languages); the nearest {'are' if below else 'is'} "
+            f"{f'{below} and ' if below else ''}{below + unit}"
+        )
+    count = args.global_batch_size // unit
+    if args.moo_method == OFF or args.virtual_pipeline_model_parallel_size is None:
+        return count  # without a method, the waves are one pass
+    stages = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or stages
+    if not _interleaves(count, group, stages):
+        fits = [m for m in range(1, count + 2 * group) if _interleaves(m, group, stages)]
+        nearest = sorted(sorted(fits, key=lambda m: abs(m - count))[:2])
+        raise ValueError(
+            f"{found} leaves {count} micro-batches of a rank in each of {waves} waves: the interleaved pipeline runs "
+            f"them in groups of {group}, the last of which needs as many as there are stages ({stages}); the nearest "
+            f"sizes are {' and '.join(str(m * unit) for m in nearest)}"
+        )
+    return count
+
+
+def _interleaves(micro_batches: int, group: int, stages: int) -> bool:
+    """Megatron's rule for one pass of the interleaved schedule."""
+    return micro_batches >= group and (micro_batches % group == 0 or micro_batches % group >= stages)
+
+
+def _check_decoding(args: Any) -> None:
+    """Refuse layouts that can train and not decode, before a run trains for an evaluation that it cannot make."""
+    if not args.moo_eval_rows:
+        return
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            f"--moo-eval-rows with --context-parallel-size {args.context_parallel_size}: decoding needs the whole "
+            "sequence on a rank; leave it out, and evaluate the checkpoint with --skip-train on a layout without it"
+        )
+    group, stages = args.microbatch_group_size_per_vp_stage, args.pipeline_model_parallel_size
+    if args.virtual_pipeline_model_parallel_size is not None and group not in (None, stages):
+        raise ValueError(
+            f"--moo-eval-rows with --microbatch-group-size-per-virtual-pipeline-stage {group}: decoding runs as many "
+            f"micro-batches as there are stages; set it to {stages}, or leave it out"
+        )
+
+
+def _leave_nan_to_quarantine(args: Any) -> None:
+    if args.moo_nonfinite != "quarantine" or args.fp16 or not args.check_for_nan_in_loss_and_grad:
+        return
+    args.check_for_nan_in_loss_and_grad = False
+    if args.rank == 0:
+        print(
+            " moo: --moo-nonfinite quarantine takes the place of Megatron's check for NaN in losses and gradients, "
+            "which would end the run; it is switched off"
+        )
+
+
+def _check_lengths(args: Any, manifest: Manifest) -> None:
+    """Say which samples are too long, and refuse a language none of whose samples fits."""
+    splits = [args.moo_train_split] + [args.moo_valid_split] * has_validation(args, manifest)
+    for split in splits:
+        for lang in manifest.objectives:
+            corpus = manifest.corpus(split, lang, args.seq_length + 1)
+            if corpus.dropped and args.rank == 0:
+                print(
+                    f" moo: {split}/{lang}: {corpus.dropped} of {corpus.dropped + len(corpus)} samples are longer than "
+                    f"--seq-length {args.seq_length} and left out"
+                )
+
+
+def _objectives(args: Any, manifest: Manifest) -> list[str]:
+    known = list(manifest.languages(args.moo_train_split))
+    if args.moo_languages is None:
+        return known
+    chosen = [name.strip() for name in args.moo_languages.split(",") if name.strip()]
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(
+            f"--moo-languages: no training data for {', '.join(unknown)} in {args.moo_data}; known: {', '.join(known)}"
+        )
+    return chosen
+
+
+def _defaults(argv: list[str]) -> dict[str, Any]:
+    """Defaults of Megatron's arguments that follow from ours; flags that are given win."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--moo-data", type=Path)
+    early.add_argument("--moo-run-dir", type=Path)
+    ours, _ = early.parse_known_args(argv)
+    defaults: dict[str, Any] = {
+        "dataloader_type": "external",
+        "tokenizer_type": "NullTokenizer",
+        "eval_interval": 1000,
+        "save_interval": 1000,  # Megatron wants one with --save; it saves at the end and on a signal in any case
+    }
+    if ours.moo_data is not None:
+        defaults["vocab_size"] = Manifest.load(ours.moo_data).tokenizer.vocab_size
+    if ours.moo_run_dir is not None:
+        checkpoints = str(ours.moo_run_dir / "checkpoints")
+        defaults |= {
+            "save": checkpoints,
+            "load": checkpoints,
+            "tensorboard_dir": str(ours.moo_run_dir / "tensorboard"),
+        }
+    return defaults
