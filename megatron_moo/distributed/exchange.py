@@ -66,6 +66,19 @@ class Exchange:
         self.keep_on_host = keep_on_host
         self.check_finite = check_finite
         self._lanes: dict[dist.ProcessGroup, Lane] = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def next_wave(self) -> None:
+        """All rows of this wave have landed; the next one begins."""
+        if self.keep_on_host:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        self.wave += 1
+
+    def settle(self) -> None:
+        """Let the host read rows that it keeps: wait until the copies are complete, as they usually are by then."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     @property
     def last_wave(self) -> bool:

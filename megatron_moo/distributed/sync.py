@@ -231,7 +231,7 @@ class BucketLevelMoo:
         if not self._exchange.last_wave:
             for chunk in model:
                 chunk.zero_grad_buffer()
-            self._exchange.wave += 1
+            self._exchange.next_wave()
             return
         self._check_assignment()  # a schedule that is not wrapped has not done it
         self._resolve(self._embedding_group(pg_collection))
@@ -267,6 +267,7 @@ class BucketLevelMoo:
         # A row of each rank's tokens; the buckets of experts have their own.
         plan = RowPlan.from_assignment(assignment, k, self._device, self._members)
         plans = [plan, *(RowPlan.from_assignment(assignment, k, self._device, s.members) for s in self._sets[1:])]
+        self._exchange.settle()
         rows = [waves for bucket_set in self._sets for waves in bucket_set.rows()]
         reduce_partial_rows(rows, self._block_map.partial, self._tp_group)
         reduce_tied_rows(rows, self._block_map.tied_buckets, embedding_group)
