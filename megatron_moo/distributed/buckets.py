@@ -6,7 +6,7 @@ bucket of either kind leaves one row per wave and member of its group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,20 +44,17 @@ class BucketSet:
         self._places: list[tuple[ExchangeBucketGroup, int]] = []
 
     def add(self, group: ExchangeBucketGroup, index: int, owner: object) -> None:
-        """Bucket ``index`` of a bucket group, which lies in the DDP buffer ``owner``.
-
-        Raises:
-            ValueError: if the group's ranks do not divide the bucket.
-        """
+        """Bucket ``index`` of a bucket group, which lies in the DDP buffer ``owner``."""
         bucket = group.buckets[index]
         size, rest = divmod(bucket.grad_data.numel(), group.ranks)
-        if rest:
-            raise ValueError(
-                f"a gradient bucket of {bucket.grad_data.numel()} elements cannot be divided by {group.ranks} ranks: "
-                f"without the distributed optimizer Megatron does not pad buckets; {upstream.PADDING_REMEDY}"
-            )
+        assert not rest, "a bucket that its ranks do not divide is refused before"
         self._places.append((group, index))
         self.spans.append(BucketSpans(list(upstream.bucket_parameters(owner, bucket)), size, group.rank))
+
+    @property
+    def span(self) -> slice:
+        """Where these buckets are among all of this rank."""
+        return slice(self.first, self.first + len(self.spans))
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -76,10 +73,9 @@ class BucketSet:
         """Rows of every bucket after the last wave, where they are kept."""
         return [group.rows(index) for group, index in self._places]
 
-    def rows_on_device(self) -> Iterator[Rows]:
-        """The same on the device, one bucket after the other: of rows kept on the host one bucket's are there."""
-        for waves in self.rows():
-            yield [wave.to(waves[-1].device, non_blocking=True) for wave in waves]
+    def rows_on_device(self) -> Sequence[Rows]:
+        """The same on the device: rows kept on the host are there for as long as the result of one access is."""
+        return _OnDevice(self.rows())
 
     def shards(self) -> list[torch.Tensor]:
         """Where the combination of every bucket goes."""
@@ -90,6 +86,18 @@ class BucketSet:
         for group in self.groups:
             if not group.ddp_config.use_distributed_optimizer:
                 group.gather()
+
+
+class _OnDevice(Sequence):
+    def __init__(self, rows: list[Rows]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Rows:
+        waves = self._rows[index]
+        return [wave.to(waves[-1].device, non_blocking=True) for wave in waves]
 
 
 def exchange_buckets(

@@ -129,6 +129,12 @@ class MooConfig:
                 f"slots x {self.waves_for(slots)} waves); set waves (--moo-waves) to {math.ceil(self.active / slots)} "
                 f"or active to {rows}"
             )
+        idle = [name for name, w in zip(self.objectives, self.preference_weights or (), strict=False) if w == 0]
+        if self.active is not None and len(idle) >= self.active:
+            raise ValueError(
+                f"active (--moo-active) is {self.active}, and {len(idle)} objectives have preference weight 0 "
+                f"({', '.join(idle)}): a step may have only those, and no gradient; leave them out"
+            )
         if self.build_aggregator().uses_noise and rows <= self.step_objectives:
             raise ValueError(
                 f"noise is measured between rows of one objective, but a step has {rows} rows ({slots} slots x "

@@ -31,6 +31,7 @@ class Quarantine:
         self.total = dict.fromkeys(objectives, 0)
         self._objectives, self._limit = list(objectives), limit
         self._streak = dict.fromkeys(objectives, 0)
+        self._before = (-1, self.total, self._streak)  # the last step, and the counts before it
 
     def count(self, step: int, spoilt: Sequence[bool], present: Sequence[bool]) -> None:
         """Take note of one step; the same on every rank.
@@ -43,6 +44,9 @@ class Quarantine:
         Raises:
             RuntimeError: one objective too often in a row, or none left.
         """
+        if step == self._before[0]:  # computed again, as Megatron's rerun machine does: it counts once
+            _, self.total, self._streak = self._before
+        self._before = (step, dict(self.total), dict(self._streak))
         for name, bad, here in zip(self._objectives, spoilt, present, strict=True):
             if here:
                 self._streak[name] = self._streak[name] + 1 if bad else 0

@@ -76,13 +76,14 @@ class ShardGramian:
             for segments, size in zip(by_bucket, shard_sizes, strict=True)
         ]
 
-    def __call__(self, rows: Iterable[Rows], plan: RowPlan) -> torch.Tensor:
+    def __call__(self, rows: Sequence[Rows], plan: RowPlan) -> torch.Tensor:
         """Gramian of this rank's elements, before any reduction over ranks.
 
         Beside its result it takes memory for PIECE elements of all rows, or for a cell of every row if that is more.
 
         Args:
-            rows: per bucket, W tensors [S, N], fp32 or bf16, elements of a row next to each other; taken one by one.
+            rows: per bucket, W tensors [S, N], fp32 or bf16, elements of a row next to each other. Accessed one
+                by one, and let go before the next.
             plan: which half row each row belongs to.
 
         Returns:
@@ -92,11 +93,8 @@ class ShardGramian:
         shape = (self._num_blocks + 1, half_rows, half_rows)  # the last block is the dump
         gram_BHH = torch.zeros(shape, dtype=torch.float64, device=plan.half_R.device)
         with _full_precision():
-            for waves, (cells, windows) in zip(rows, self._cuts, strict=True):
-                for columns, width, block_n in _pieces(waves, cells, windows, plan):
-                    products_nHH = _products(_half_rows(columns, plan), width)
-                    # Accumulating index_put_ sorts on CUDA, where index_add_ would add in any order.
-                    gram_BHH.index_put_((block_n,), products_nHH, accumulate=True)
+            for index, (cells, windows) in enumerate(self._cuts):
+                _add_bucket(gram_BHH, rows[index], cells, windows, plan)
         if plan.in_place:
             return gram_BHH[:-1]
         return gram_BHH[:-1].index_select(1, plan.place_H).index_select(2, plan.place_H)
@@ -174,6 +172,13 @@ def _runs(owners: Sequence[int], dump: int, gap: int) -> list[tuple[int, int]]:
         else:
             runs.append((cell, cell + 1))
     return runs
+
+
+def _add_bucket(gram_BHH: torch.Tensor, waves: Rows, cells: _Cells, windows: Sequence[_Windows], plan: RowPlan) -> None:
+    for columns, width, block_n in _pieces(waves, cells, windows, plan):
+        products_nHH = _products(_half_rows(columns, plan), width)
+        # Accumulating index_put_ sorts on CUDA, where index_add_ would add in any order.
+        gram_BHH.index_put_((block_n,), products_nHH, accumulate=True)
 
 
 def _pieces(

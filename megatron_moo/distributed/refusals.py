@@ -318,4 +318,28 @@ ENTRY = (
         "drop it",
         ("perform_rl_step",),
     ),
+    Row(
+        "experts made of a dense model",
+        "--moe-use-upcycling",
+        "entry",
+        "Megatron builds a second model for it, and the exchange would be put into that one",
+        "convert the checkpoint in a run of stock Megatron, and start from the result",
+        ("moe_use_upcycling",),
+    ),
+    Row(
+        "other data",
+        "--data-path, --per-split-data-args-path, --mock-data, --sft",
+        "entry",
+        "batches come from --moo-data, and these would be passed over",
+        "drop them",
+        ("data_path", "per_split_data_args_path", "mock_data", "sft"),
+    ),
+    Row(
+        "another loss, or other positions in a sample",
+        "--logits-load-dir, --eod-mask-loss, --reset-position-ids, --reset-attention-mask",
+        "entry",
+        "the loss is the cross entropy of the masked tokens, a sample is one sequence; these would be passed over",
+        "drop them; the mask is made by tools/preprocess.py",
+        ("logits_load_dir", "eod_mask_loss", "reset_position_ids", "reset_attention_mask"),
+    ),
 )

@@ -93,16 +93,19 @@ class RowPlan:
         count_K = [0] * num_objectives
         for k, _ in pairs:
             count_K[k] += 1
-        return cls(
-            torch.tensor([k for k, _ in pairs], device=device),
-            torch.tensor([number[pair] for pair in pairs], device=device),
-            torch.tensor([k for k, _ in order], device=device),
-            torch.tensor(count_K, device=device),
-            torch.tensor([r for rank in ranks for r in rank], device=device),
-            [len(rank) for rank in ranks],
-            torch.tensor(place_H, device=device),
-            place_H == list(range(len(place_H))),
+        tensors = _on_device(
+            [
+                [k for k, _ in pairs],
+                [number[pair] for pair in pairs],
+                [k for k, _ in order],
+                count_K,
+                [r for rank in ranks for r in rank],
+                place_H,
+            ],
+            device,
         )
+        in_place = place_H == list(range(len(place_H)))
+        return cls(*tensors[:5], [len(rank) for rank in ranks], tensors[5], in_place)
 
     @property
     def num_halves(self) -> int:
@@ -112,6 +115,14 @@ class RowPlan:
     def folds(self) -> bool:
         """Whether any half row is a sum of several rows."""
         return self.num_halves < self.half_R.numel()
+
+
+def _on_device(lists: Sequence[list[int]], device: torch.device | str | None) -> list[torch.Tensor]:
+    """Numbers as tensors, by one copy from pinned memory: the host does not wait for the device."""
+    flat = torch.tensor([number for one in lists for number in one])
+    if device is not None and torch.device(device).type == "cuda":
+        flat = flat.pin_memory()
+    return list(flat.to(device, non_blocking=True).split([len(one) for one in lists]))
 
 
 def reduce_partial_rows(rows: Sequence[Rows], spans: Sequence[PartialSpan], group: dist.ProcessGroup) -> None:
@@ -152,6 +163,31 @@ def reduce_tied_rows(rows: Sequence[Rows], tied_buckets: Sequence[int], group: d
             dist.all_reduce(here, group=group)
             if here is not wave:
                 wave.copy_(here)
+
+
+def mark_spoilt_copies(
+    gram_BHH: torch.Tensor, rows: Sequence[Rows], segments: Sequence[Sequence[Segment]], plan: RowPlan
+) -> None:
+    """Make a half row's square NaN, in the first block, if a copy of a parameter is not finite in it; in place.
+
+    A copy that another rank counts enters no inner product here, and may go bad on this rank alone. Marked before
+    Gramians are summed over ranks, it is known to all of them without a message of its own.
+
+    Args:
+        gram_BHH: this rank's inner products.
+        rows: of the buckets of one process group, W tensors [S, N] each.
+        segments: of each of these buckets.
+        plan: their rows.
+    """
+    bad_H = torch.zeros(plan.num_halves, dtype=torch.int64, device=gram_BHH.device)
+    for waves, its_segments in zip(rows, segments, strict=True):
+        for segment in its_segments:
+            if not segment.counted:
+                # The norm, not the elements: one pass without a temporary, and the range of the squares of the others.
+                norms = [wave[:, segment.start : segment.end].float().norm(dim=1) for wave in waves]
+                bad_R = ~torch.cat([norm.to(bad_H.device) for norm in norms]).isfinite()
+                bad_H.index_add_(0, plan.half_R, bad_R.long())
+    gram_BHH[0].diagonal().masked_fill_(bad_H > 0, torch.nan)
 
 
 def drop_rows(rows: Iterable[Rows], dropped: Sequence[int]) -> None:

@@ -105,6 +105,15 @@ class Setup:
     freeze_all_layers: bool = _args("freeze_all_layers")
     hybrid_layer_pattern: str | None = _args("hybrid_layer_pattern", None)
     perform_rl_step: bool = _args("perform_rl_step")
+    moe_use_upcycling: bool = _args("moe_use_upcycling")
+    logits_load_dir: str | None = _args("logits_load_dir", None)
+    data_path: Sequence[str] = _args("data_path", ())
+    per_split_data_args_path: str | None = _args("per_split_data_args_path", None)
+    mock_data: bool = _args("mock_data")
+    sft: bool = _args("sft")
+    eod_mask_loss: bool = _args("eod_mask_loss")
+    reset_position_ids: bool = _args("reset_position_ids")
+    reset_attention_mask: bool = _args("reset_attention_mask")
 
     @classmethod
     def from_args(cls, args: Any) -> Setup:

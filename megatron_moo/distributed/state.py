@@ -31,7 +31,8 @@ def collect(aggregator: Aggregator, blocks: Sequence[str], groups: Sequence[dist
         found = [part for several in parts for part in several]
     merged: dict[str, dict[str, torch.Tensor]] = {}
     for part in found:
-        merged.update(part)
+        for name, entries in part.items():
+            merged.setdefault(name, entries)  # of a block that several ranks solve, the first one's weights hold
     return merged
 
 

@@ -31,6 +31,7 @@ from megatron_moo.distributed.rows import (
     RowPlan,
     combine,
     drop_rows,
+    mark_spoilt_copies,
     reduce_partial_rows,
     reduce_tied_rows,
 )
@@ -93,6 +94,11 @@ class BucketLevelMoo:
         self._dp_group, self._tp_group, self._pp_group = ddp.intra_dp_cp_group, ddp.tp_group, ddp.pp_group
         self._all_groups = (self._dp_group, self._tp_group, self._pp_group)
         check_agreement("the configuration", repr(config), self._all_groups)
+        if config.scope == "local" and upstream.expert_tensor_group(ddp).size() != self._tp_group.size():
+            raise ValueError(
+                "--moo-scope local with --expert-tensor-parallel-size other than --tensor-model-parallel-size: ranks "
+                "that solve a block together would hold different experts; use --moo-scope global"
+            )
         self.config = config
         self.step = 0
         self.record: StepRecord | None = None
@@ -126,7 +132,13 @@ class BucketLevelMoo:
         self.blocks = self._block_map.names
         self._segments = self._block_map.by_bucket(sum(len(bucket_set.spans) for bucket_set in self._sets))
         self._solver = WeightSolver(
-            config, self.aggregator, self._block_map, self._tp_group, (self._dp_group, self._pp_group), losses
+            config,
+            self.aggregator,
+            self._block_map,
+            self._tp_group,
+            (self._dp_group, self._pp_group),
+            losses,
+            self._device,
         )
         self._gramians = [
             ShardGramian(self._block_map, bucket_set.shard_sizes, self._device, bucket_set.first)
@@ -143,11 +155,14 @@ class BucketLevelMoo:
             self.config.scope,
             ModelRank(self._tp_group.rank(), self._pp_group.rank(), expert_tp),
         )
-        shared = [spans[bucket] for bucket in blocks.tied_buckets if len(spans[bucket].parameters) > 1]
-        if shared and self._pp_group.size() > 1:
+        shared: list[Any] = [None] * self._pp_group.size()
+        mine = any(len(spans[bucket].parameters) > 1 for bucket in blocks.tied_buckets)
+        dist.all_gather_object(shared, mine, group=self._pp_group)  # or the other stages would wait for this one
+        if any(shared) and len(shared) > 1:
             raise ValueError(
                 "the tied embedding lies in one bucket with other parameters, so that its two copies would not meet: "
-                f"without the distributed optimizer Megatron makes such buckets; {upstream.PADDING_REMEDY}"
+                "without the distributed optimizer Megatron makes such buckets; add "
+                "--use-distributed-optimizer, or wrap the model with megatron_moo.distributed.upstream.wrap_padded"
             )
         # Expert-parallel ranks hold different experts; the Gramians that are added up must list all of them.
         names = blocks.names
@@ -189,13 +204,18 @@ class BucketLevelMoo:
                 )
             reports = []
             self._waves_run, self._exchange.wave, self._tokens_W = True, 0, []
-            for _ in range(self.num_waves):
-                reports += forward_backward(
-                    num_microbatches=num_microbatches // self.num_waves,
-                    model=model,
-                    forward_only=False,
-                    **kwargs,
-                )
+            gather_parameters = self._model_config.param_sync_func
+            try:
+                for _ in range(self.num_waves):
+                    reports += forward_backward(
+                        num_microbatches=num_microbatches // self.num_waves,
+                        model=model,
+                        forward_only=False,
+                        **kwargs,
+                    )
+                    self._model_config.param_sync_func = None  # the first wave has gathered them all
+            finally:
+                self._model_config.param_sync_func = gather_parameters
             self._waves_run = False
             return reports
 
@@ -294,11 +314,13 @@ class BucketLevelMoo:
 
     def _gramian(self, plans: Sequence[RowPlan]) -> torch.Tensor:
         """Inner products of half rows, [B, H, H], summed over the ranks that share the blocks."""
-        parts = [
-            gramian(bucket_set.rows_on_device(), plan)
-            for bucket_set, gramian, plan in zip(self._sets, self._gramians, plans, strict=True)
-        ]
-        return self._reduce_gramian(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+        gram_BHH = None
+        for bucket_set, gramian, plan in zip(self._sets, self._gramians, plans, strict=True):
+            part_BHH = gramian(bucket_set.rows_on_device(), plan)
+            gram_BHH = part_BHH if gram_BHH is None else gram_BHH.add_(part_BHH)
+            if self._quarantines:
+                mark_spoilt_copies(gram_BHH, bucket_set.rows(), self._segments[bucket_set.span], plan)
+        return self._reduce_gramian(gram_BHH)
 
     def _leave_out(self, gram_BHH: torch.Tensor, count_R: torch.Tensor, plans: Sequence[RowPlan]) -> torch.Tensor:
         """Who is left out of this step because its gradient is not finite, [K] bool; clears its rows, in place."""
@@ -309,9 +331,10 @@ class BucketLevelMoo:
         differ += [self._tp_group] if self.config.scope == "local" else []
         spoilt_K = spoilt_objectives(gram_BHH, plan.objective_H, k, differ)
         count_K = count_R.new_zeros(k).index_add_(0, plan.objective_R, count_R)
-        given = self.config.preference_weights
-        present_K = (count_K > 0) & (torch.tensor([1.0] * k if given is None else given, device=self._device) > 0)
-        spoilt, present = torch.stack([spoilt_K, present_K]).tolist()  # the one wait for the device in a step
+        # The host waits for the device here: who is left out decides whether rows are cleared, or the run stops.
+        spoilt, present = torch.stack([spoilt_K, count_K > 0]).tolist()
+        if (given := self.config.preference_weights) is not None:
+            present = [here and weight > 0 for here, weight in zip(present, given, strict=True)]
         self._quarantine.count(self.step, spoilt, present)
         if any(spoilt):
             bad_H = spoilt_K[plan.objective_H]
@@ -325,9 +348,9 @@ class BucketLevelMoo:
         """Leave the combined gradient where the optimizer reads it."""
         for bucket_set, plan in zip(self._sets, plans, strict=True):
             coefficients_BR = coefficients_BK[:, plan.objective_R]
-            buckets = zip(bucket_set.rows_on_device(), bucket_set.shards(), strict=True)
-            for index, (waves, shard) in enumerate(buckets, start=bucket_set.first):
-                combine(waves, self._segments[index], coefficients_BR, shard)
+            rows, segments = bucket_set.rows_on_device(), self._segments[bucket_set.span]
+            for index, shard in enumerate(bucket_set.shards()):
+                combine(rows[index], segments[index], coefficients_BR, shard)
             bucket_set.gather()
 
     def _assignment(self) -> list[list[int]]:

@@ -57,7 +57,6 @@ __all__ = [
 # The module; megatron.core.distributed exports its function under the same name.
 _finalize = sys.modules[finalize_model_grads.__module__]
 
-PADDING_REMEDY = "add --use-distributed-optimizer, or wrap the model with megatron_moo.distributed.upstream.wrap_padded"
 TIED_EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -269,5 +268,11 @@ def unsupported(chunks: list[torch.nn.Module]) -> list[str]:
     # Not at the top: ``python -m megatron_moo.distributed.support`` imports this package first.
     from megatron_moo.distributed import settings, support
 
-    idle_stage = all(map(settings.wrapped, chunks)) and not every_stage_trains(chunks)
-    return support.problems(settings.Setup.from_chunks(chunks, idle_stage))
+    wrapped = all(map(settings.wrapped, chunks))
+    problems = support.problems(settings.Setup.from_chunks(chunks, wrapped and not every_stage_trains(chunks)))
+    if not wrapped:
+        return problems
+    # A stage that alone went on would wait for the others for ever.
+    stages: list[list[str]] = [[] for _ in range(chunks[0].pp_group.size())]
+    torch.distributed.all_gather_object(stages, problems, group=chunks[0].pp_group)
+    return list(dict.fromkeys(text for stage in stages for text in stage))

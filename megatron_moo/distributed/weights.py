@@ -53,6 +53,7 @@ class WeightSolver:
         tp_group: tensor-parallel ranks.
         loss_groups: the ranks among which losses are found, a group for each dimension.
         losses: see :func:`megatron_moo.distributed.install`.
+        device: where Gramians are.
     """
 
     def __init__(
@@ -63,10 +64,17 @@ class WeightSolver:
         tp_group: dist.ProcessGroup,
         loss_groups: Sequence[dist.ProcessGroup],
         losses: Losses | None,
+        device: torch.device,
     ) -> None:
         self._config, self._aggregator, self._blocks = config, aggregator, blocks
         self._tp_group, self._loss_groups, self._losses = tp_group, loss_groups, losses
         self._state_before: tuple[int, dict[str, torch.Tensor]] | None = None
+        # Made once: a list handed to the device makes the host wait for it.
+        self._given_K: torch.Tensor | None = None
+        if config.preference_weights is not None:
+            self._given_K = torch.tensor(config.preference_weights, dtype=torch.float64, device=device)
+        self._tied_blocks = torch.tensor(blocks.tied_blocks, dtype=torch.long, device=device)
+        self._replicated_blocks = torch.tensor(blocks.replicated_blocks, dtype=torch.long, device=device)
 
     def __call__(
         self,
@@ -114,7 +122,7 @@ class WeightSolver:
         elif kind == "uniform":
             preference = torch.ones_like(count_K)
         else:
-            preference = count_K.new_tensor(self._config.preference_weights)
+            preference = self._given_K
         preference = torch.where(count_K > 0, preference, 0.0)
         return preference / preference.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
@@ -171,10 +179,10 @@ class WeightSolver:
         a method that amplifies the last bit would let the copies of a parameter drift apart.
         """
         shared = []
-        if embedding_group is not None and self._blocks.tied_blocks:
-            shared.append((self._blocks.tied_blocks, embedding_group))
-        if self._tp_group.size() > 1 and self._blocks.replicated_blocks:
-            shared.append((self._blocks.replicated_blocks, self._tp_group))
+        if embedding_group is not None and self._tied_blocks.numel():
+            shared.append((self._tied_blocks, embedding_group))
+        if self._tp_group.size() > 1 and self._replicated_blocks.numel():
+            shared.append((self._replicated_blocks, self._tp_group))
         for blocks, group in shared:
             weights = weights_BK[blocks].contiguous()
             dist.broadcast(weights, src=dist.get_global_rank(group, 0), group=group)

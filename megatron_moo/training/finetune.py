@@ -54,6 +54,7 @@ class Run:
 
     def on_wrapped(self, model: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """Post-wrap hook of the model builder: put the exchange in."""
+        assert self.moo is None, "two models are built in one run"
         self.model = model
         if get_args().moo_method != OFF and not get_args().skip_train:
             self.moo = install(model, self.plan.config, self.plan.sampler.assign, self._losses.sums)

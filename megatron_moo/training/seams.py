@@ -93,8 +93,7 @@ def hooked_training_loop(
 
     Args:
         moo: the installed combination, or None when stock Megatron reduces the gradients; asked for when needed,
-        because
-            the model is built inside the loop.
+            because the model is built inside the loop.
         begin_step: index of the step that starts.
         after_step: called with the keyword arguments ``learning_rate, iteration, grad_norm``.
     """

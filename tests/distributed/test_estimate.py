@@ -366,13 +366,11 @@ def test_the_other_ways_send_what_the_cost_harness_counts(waves, monkeypatch):
     from _step_variants import K_PASS, PLAIN, RECONSTRUCT, Variant
 
     hidden, languages = 64, 2 * waves
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    given = dict(
+    settings = Settings(
         dp=2, waves=waves, languages=languages, method="cagrad", wave_memory="device", hidden=hidden, layers=2,
         seq_length=8, micro_batch_size=2, micro_batches=waves, bucket_size=40_000, rounds=1, profile=0,
         loopback=False, cuda=False,
     )  # fmt: skip
-    settings = Settings(**{name: value for name, value in given.items() if name in fields})
     variants = {name: Variant(name) for name in (PLAIN, K_PASS, RECONSTRUCT)} | {"model": Variant("cagrad", "model")}
     model = ModelShape(
         "harness", layers=2, hidden=hidden, heads=1, vocab=ENTRIES, ffn=4 * hidden, gated=False, bias=True

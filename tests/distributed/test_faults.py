@@ -70,6 +70,8 @@ LAYOUTS = {
     "dp2-two-waves": Layout(2, 2, (FC2, {})),
     # A part that only the second tensor-parallel rank holds; a stage of the other end.
     "tp2-two-waves": Layout(2, 2, (FC2, {"tp": 1}), tp=2, variant=tiny_gpt.Variant(sequence_parallel=True)),
+    # A copy that the first tensor-parallel rank counts, spoilt on the second alone.
+    "tp2-copy": Layout(2, 2, ("decoder.layers.1.mlp.linear_fc2.bias", {"tp": 1}), tp=2),
     "pp2-two-waves": Layout(2, 2, (FC2, {"pp": 1}), pp=2),
     "ep2-two-waves": Layout(
         2,

@@ -109,7 +109,7 @@ def _train(layout: Layout, case: Case, expected: reference.Training) -> dict:
         "gradients": errors,
         "weights": _weight_error(models, expected.weights),
         "buffers": _buffer_error(models, expected.buffers),
-        "slots": (moo.slots, moo.slot) == (layout.slots, slot) if hasattr(moo, "slot") else True,
+        "slots": (moo.slots, moo.slot) == (layout.slots, slot),
     }
 
 

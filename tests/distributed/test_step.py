@@ -139,6 +139,20 @@ def test_a_stage_without_trainable_parameters_is_refused_on_every_stage():
         assert "no trainable parameter" in message
 
 
+def _local_experts(rank: int) -> str:
+    init_megatron(tp=2, etp=1)
+    variant = tiny_gpt.Variant(sequence_parallel=True, experts=4)
+    with pytest.raises(ValueError) as refused:
+        install([tiny_gpt.wrap(tiny_gpt.build(variant))], MooConfig(["a"], scope="local"), lambda step: [[0]])
+    return str(refused.value)
+
+
+def test_local_scope_is_refused_where_ranks_of_a_block_hold_different_experts():
+    """Would catch: blocks of one name and different experts, whose saved state overwrites each other."""
+    for message in run_ranks(_local_experts, 2):
+        assert "--moo-scope local with --expert-tensor-parallel-size" in message and "--moo-scope global" in message
+
+
 def _repeat(rank: int) -> list[torch.Tensor]:
     """GradVac's targets after a step, and after the same step computed again, as Megatron's rerun machine does."""
     init_megatron()

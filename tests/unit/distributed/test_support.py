@@ -57,6 +57,9 @@ FROM_ARGS: dict[str, dict[str, Any]] = {
     "no optimizer": {"freeze_all_layers": True},
     "hybrid models": {"hybrid_layer_pattern": "M*M*"},
     "reinforcement learning": {"perform_rl_step": True},
+    "experts made of a dense model": {"moe_use_upcycling": True},
+    "other data": {"data_path": ["data"]},
+    "another loss, or other positions in a sample": {"eod_mask_loss": True},
 }
 FROM_CHUNKS: dict[str, dict[str, Any]] = {
     "several optimizer instances": {"ddp.num_distributed_optimizer_instances": 2},
