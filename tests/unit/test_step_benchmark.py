@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
+SMALL = "--dp 2 --seq-length 16 --micro-batches 2 --rounds 2"
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,14 @@ def harness():
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
     """A tiny run of everything: two ranks, two waves, fewer languages than rows."""
+    return _run(
+        tmp_path_factory,
+        f"{SMALL} --waves 2 --languages 3 --hidden 64 --layers 1 --bucket-size 20000 --granularities model --profile 1",
+    )
+
+
+def _run(tmp_path_factory, options: str) -> dict:
     out = tmp_path_factory.mktemp("bench") / "step.json"
-    options = "--dp 2 --waves 2 --languages 3 --hidden 64 --layers 1 --seq-length 16 --micro-batches 2 --rounds 2"
-    options += " --bucket-size 20000 --granularities model --profile 1"
     run = subprocess.run(
         [sys.executable, BENCHMARKS / "step.py", *options.split(), "--out", out, "--plot", out.with_suffix(".svg")],
         capture_output=True,
@@ -38,9 +44,16 @@ def report(tmp_path_factory) -> dict:
     )
     assert run.returncode == 0, run.stderr
     assert "<svg" in out.with_suffix(".svg").read_text()
-    for word in ("x plain", "buckets", "CPU ratio", "Where a step goes", "met"):
+    for word in ("x plain", "buckets", "CPU ratio", "met"):
         assert word in run.stdout
+    assert ("Where a step goes" in run.stdout) == ("--profile" in options)
     return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def one_wave(tmp_path_factory) -> dict:
+    """A small run of one wave, of a model that is large beside tables of blocks."""
+    return _run(tmp_path_factory, f"{SMALL} --waves 1 --hidden 256 --layers 2 --bucket-size 300000 --no-others")
 
 
 def _row(report: dict, variant: str) -> dict:
@@ -86,6 +99,17 @@ def test_memory_and_time_are_there(report):
     goals = [verdict["goal"] for verdict in report["verdicts"]]
     assert len(goals) == len(set(goals)) == 7
     assert {"date", "device", "cores", "backend"} <= report["machine"].keys()
+
+
+def test_one_wave_costs_the_bytes_of_plain_and_one_bucket(one_wave):
+    """Catches: a gradient that is sent, or held, once more than it must be, at any granularity."""
+    ours = [row for row in one_wave["rows"] if row["ours"]]
+    assert {row["variant"].split()[-1] for row in ours} == {"bucket", "layer", "tensor", "model"}
+    for row in ours:
+        assert row["vector_ratio"] == 1
+        assert 0.9 * row["largest_bucket_bytes"] < row["extra_memory"]["peak"] <= 1.01 * row["largest_bucket_bytes"]
+    decided = [verdict for verdict in one_wave["verdicts"] if "step time" not in verdict["goal"]]
+    assert len(decided) >= 2 * len(ours) and all(verdict["met"] for verdict in decided), decided
 
 
 def test_the_interval_covers_the_median_as_often_as_it_says(harness):
