@@ -1,11 +1,10 @@
-"""What is on this machine: CUDA, Transformer Engine, NVIDIA's Apex.
+"""What is on this machine: CUDA, NVIDIA's Apex.
 
 Every probe is a function that looks when it is called; none imports what it looks for, so a broken installation is
 reported and not run into.
 """
 
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 from typing import Literal
 
@@ -15,18 +14,6 @@ import torch
 def cuda_available() -> bool:
     """Whether torch sees a CUDA device."""
     return torch.cuda.is_available()
-
-
-def transformer_engine_version() -> str | None:
-    """The installed version of Transformer Engine, or None."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return None
-    for distribution in ("transformer-engine", "transformer_engine"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
 
 
 def nvidia_apex_status() -> Literal["absent", "nvidia", "pypi"]:
