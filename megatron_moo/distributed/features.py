@@ -273,6 +273,13 @@ UNTESTED = (
         "touches activations alone, and starts afresh in every run of the schedule. Transformer Engine, CUDA",
     ),
     Row(
+        "steps repeated when experts overflow",
+        "`--moe-expert-rank-capacity-factor`",
+        "untested",
+        "the step counts once for the method and for quarantine; with `--moe-router-enable-expert-bias` the bias moves "
+        "in each attempt",
+    ),
+    Row(
         "precision-aware optimizer, optimizer on the CPU",
         "`--use-precision-aware-optimizer`, `--main-grads-dtype`, `--exp-avg-dtype`, `--optimizer-cpu-offload`",
         "untested",
