@@ -106,7 +106,7 @@ def exchange_buckets(
     """Put the exchange in the place of the reduction of all buckets of these model chunks.
 
     Returns:
-        The dense buckets, and those of experts if there are any.
+        The dense buckets, even if there are none, and those of experts if there are any.
     """
     replaced = []
     for chunk in chunks:

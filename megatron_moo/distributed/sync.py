@@ -114,7 +114,6 @@ class BucketLevelMoo:
             )
         slot_map = _find_slots(ddp)
         self.slots, self.slot = slot_map.count, slot_map.mine
-        self._members = slot_map.dense_members
         config.check_slots(self.slots)
         self.num_waves = config.waves_for(self.slots)
         # With fp16 an overflow is the loss scaler's to see: it skips the step and lowers the scale.
@@ -233,7 +232,7 @@ class BucketLevelMoo:
 
         Args:
             model: the chunks that Megatron hands over.
-            num_tokens: this slot's tokens in the wave, valid on the last pipeline stage; None without
+            num_tokens: this rank's tokens in the wave, valid on the last pipeline stage; None without
                 ``calculate_per_token_loss``.
             pg_collection: names the group of the tied embedding; other groups are those the model was wrapped with.
             force_all_reduce: refused.
@@ -284,9 +283,8 @@ class BucketLevelMoo:
     def _resolve(self, embedding_group: dist.ProcessGroup | None) -> None:
         """Rows -> fix-ups -> Gramian -> weights -> shard."""
         assignment, k = self._assignment(), len(self.config.objectives)
-        # A row of each rank's tokens; the buckets of experts have their own.
-        plan = RowPlan.from_assignment(assignment, k, self._device, self._members)
-        plans = [plan, *(RowPlan.from_assignment(assignment, k, self._device, s.members) for s in self._sets[1:])]
+        plans = [RowPlan.from_assignment(assignment, k, self._device, s.members) for s in self._sets]
+        plan = plans[0]  # of the dense buckets: a row for each rank that counts tokens
         self._exchange.settle()
         rows = [waves for bucket_set in self._sets for waves in bucket_set.rows()]
         reduce_partial_rows(rows, self._block_map.partial, self._tp_group)
