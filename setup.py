@@ -35,6 +35,7 @@ setup(
         # Everything else of the package. NVIDIA apex is used when it is there and never installed from here: the PyPI
         # package named `apex` is another project.
         "train": [
+            "langcodes",
             "megatron-core[training]>=0.19.2,<0.20",
             "numpy",
             "packaging>=24.2",
@@ -48,7 +49,10 @@ setup(
         "dev": ["pytest>=8", "pytest-timeout", "ruff", "scipy", "torchjd"],
         "example": ["Babel", "icu4py", "num2words"],  # generates the offline data; not needed to train on it
         "plot": ["matplotlib>=3.8"],
-        "dedup": ["datasketch", "xxhash"],
+        # Inputs other than plain JSONL and text (Parquet, Zstandard, Hugging Face datasets), and what tools/blend.py
+        # checks with: duplicates, language identification.
+        "data": ["datasets", "datasketch", "py3langid>=0.4", "pyarrow", "xxhash", "zstandard"],
+        "lingua": ["lingua-language-detector>=2"],  # the accurate and slow identifier of languages, 300 MB
         # Needs CUDA: on a machine without its libraries, `import megatron.core` fails once this is installed.
         "te": ["transformer-engine[core_cu13,pytorch]"],
     },

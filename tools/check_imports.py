@@ -28,7 +28,7 @@ MAY_IMPORT |= {part: MAY_IMPORT["entry"] | {"entry"} for part in SCRIPTS}
 # Dotted prefix -> the only third-party packages its files may import.
 ONLY_EXTERNAL = {
     f"{PACKAGE}.aggregation": {"torch"},
-    f"{PACKAGE}.data.blend": {"numpy"},
+    f"{PACKAGE}.data.blending.weights": {"numpy"},
 }
 # Dotted prefix -> modules its files must not import.
 NEVER = {f"{PACKAGE}.{part}": ("megatron.training",) for part in MIDDLE}

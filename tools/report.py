@@ -12,6 +12,7 @@ from megatron_moo.analysis import (
     language_table,
     plot_run,
     read_run,
+    validation_table,
 )
 
 
@@ -32,6 +33,8 @@ def report(options: argparse.Namespace, console: Console) -> None:
             console.print(conflict_table(conflict_summary(run.metrics, options.since)))
         else:
             console.print(f"{run.name}: no conflict statistics logged yet")
+    if any(run.metrics and run.metrics.validations for run in runs):
+        console.print(validation_table(options.runs))
     if any(run.evaluation for run in runs):
         console.print(language_table(options.runs, options.split))
         console.print(evaluation_table(options.runs))

@@ -10,7 +10,13 @@
 docs/metrics.md describes the files. Nothing here needs torch or Megatron, so runs can be read on any machine.
 """
 
-from megatron_moo.analysis.evaluation import evaluation_table, language_scores, language_table, split_score
+from megatron_moo.analysis.evaluation import (
+    evaluation_table,
+    language_scores,
+    language_table,
+    split_score,
+    validation_table,
+)
 from megatron_moo.analysis.plots import plot_run
 from megatron_moo.analysis.reader import (
     Metrics,
@@ -48,4 +54,5 @@ __all__ = [
     "read_metrics",
     "read_run",
     "split_score",
+    "validation_table",
 ]

@@ -149,6 +149,31 @@ def evaluation_table(run_dirs: Sequence[str | Path]) -> Table:
     return table
 
 
+def validation_table(run_dirs: Sequence[str | Path]) -> Table:
+    """Validation loss of several runs side by side: the last one of each language, and the lowest of the run.
+
+    Raises:
+        ValueError: no run was validated, or a directory is none of a run.
+    """
+    runs = [run for run in map(read_run, run_dirs) if run.metrics and run.metrics.validations]
+    if not runs:
+        raise ValueError("no run was validated: the data need a validation split, the run --eval-interval")
+    table = Table(title="Validation loss per language: last (lowest)", title_justify="left")
+    table.add_column("language", no_wrap=True)
+    for run in runs:
+        table.add_column(f"{run.name}\nstep {run.metrics.validations[-1]['step']}", justify="right")
+    for language in dict.fromkeys(
+        name for run in runs for line in run.metrics.validations for name in line["objectives"]
+    ):
+        cells = []
+        for run in runs:
+            found = [line["objectives"].get(language, {}).get("loss") for line in run.metrics.validations]
+            known = [loss for loss in found if loss is not None]
+            cells.append(f"{known[-1]:.4f} ({min(known):.4f})" if known else "-")
+        table.add_row(language, *cells)
+    return table
+
+
 def language_table(run_dirs: Sequence[str | Path], split: str | None = None) -> Table:
     """Exact match of several runs side by side, one row a language, for one split or all of them.
 

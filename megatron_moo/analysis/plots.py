@@ -104,6 +104,13 @@ def _losses(metrics: Metrics) -> tuple[np.ndarray, list[str], np.ndarray]:
     return np.array([line["step"] for line in metrics.steps]), names, values
 
 
+def _validation(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
+    """Steps and validation losses of a language, where it had any."""
+    lines = [(line["step"], line["objectives"].get(name, {}).get("loss")) for line in metrics.validations]
+    known = [(step, loss) for step, loss in lines if loss is not None]
+    return [step for step, _ in known], [loss for _, loss in known]
+
+
 def plot_losses(metrics: Metrics, title: str) -> "Figure":
     """One small panel a language on common axes: its loss, smoothed, over the mean of all languages in grey.
 
@@ -133,6 +140,7 @@ def plot_losses(metrics: Metrics, title: str) -> "Figure":
         axes.plot(steps, losses[:, j], ".", color=colour, alpha=0.25, markersize=2.5, markeredgewidth=0)
         axes.plot(steps, mean, color=GREY, linewidth=1.1, linestyle="--")
         axes.plot(steps, curves[:, j], color=colour, linewidth=1.7)
+        axes.plot(*_validation(metrics, name), "D", color="black", markersize=3.5, markerfacecolor="white")
         note = " (worst)" if j == worst and len(names) > 1 else ""
         axes.set_title(f"{name}  {final[j]:.2f}{note}", fontsize=9, color=colour, loc="left")
         axes.grid(color=PALE, linewidth=0.5)
@@ -145,6 +153,7 @@ def plot_losses(metrics: Metrics, title: str) -> "Figure":
         grid[0, 0].set_ylim(0, 1.05 * np.percentile(finite, 99.5))
     figure.suptitle(f"Training loss per language: {title}", fontsize=11, x=0.01, ha="left")
     key = f"number: mean of the last {tail} steps; dashed: mean of all languages; dots: every step"
+    key += "; diamonds: validation" if metrics.validations else ""
     figure.supxlabel(f"step   ({key})", fontsize=8)
     figure.supylabel("loss per answer token", fontsize=9)
     return figure

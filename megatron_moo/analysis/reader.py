@@ -3,8 +3,8 @@
     runs/<name>/{config.json, metrics.jsonl, eval.json, tensorboard/, checkpoints/, plots/}
 
 metrics.jsonl is only ever appended to. A run that resumes from a checkpoint goes back some steps and writes
-them again, so a line of step s makes every earlier line of its kind with a step >= s void: the last life of a
-step wins, and steps of a life that was given up do not show among the new ones.
+them again, so a line of step s makes every earlier line of its kind with a step >= s void, and a `step` line those
+of all kinds: the last life of a step wins, and steps of a life that was given up do not show among the new ones.
 """
 
 import json
@@ -17,11 +17,12 @@ from megatron_moo.analysis.schema import Record, check_evaluation, check_record
 
 @dataclass
 class Metrics:
-    """The lines of one metrics.jsonl by kind; `steps` and `blocks` have strictly increasing "step"."""
+    """The lines of one metrics.jsonl by kind; all but `events` have strictly increasing "step"."""
 
     path: Path
     steps: list[Record] = field(default_factory=list)
     blocks: list[Record] = field(default_factory=list)
+    validations: list[Record] = field(default_factory=list)
     events: list[Record] = field(default_factory=list)
 
     @property
@@ -35,10 +36,13 @@ class Metrics:
         if record["kind"] == "event":
             self.events.append(record)
             return
-        lines = self.steps if record["kind"] == "step" else self.blocks
-        while lines and lines[-1]["step"] >= record["step"]:
-            lines.pop()
-        lines.append(record)
+        kinds = {"step": self.steps, "blocks": self.blocks, "validation": self.validations}
+        own = kinds[record["kind"]]
+        # The step's line comes first of all of its step: it ends an earlier life of every kind.
+        for lines in kinds.values() if record["kind"] == "step" else [own]:
+            while lines and lines[-1]["step"] >= record["step"]:
+                lines.pop()
+        own.append(record)
 
 
 @dataclass

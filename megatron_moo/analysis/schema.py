@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-KINDS = ("step", "blocks", "event")
+KINDS = ("step", "blocks", "validation", "event")
 
 Record = dict[str, Any]
 
@@ -35,15 +35,17 @@ def _or_null(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 # Field -> (test, what the test asks for).
 Fields = dict[str, tuple[Callable[[Any], bool], str]]
-_STEP: Fields = {
+_LOSSES: Fields = {
     "step": (_is_count, "a whole number >= 0"),
     "time": (_is_number, "a number (unix seconds)"),
     "loss": (_or_null(_is_number), "a number or null"),
-    "grad_norm": (_or_null(_is_number), "a number or null"),
-    "lr": (_is_number, "a number"),
     "objectives": (lambda value: isinstance(value, dict), "an object {language: {loss, tokens}}"),
 }
-_STEP_OBJECTIVE: Fields = {
+_STEP: Fields = _LOSSES | {
+    "grad_norm": (_or_null(_is_number), "a number or null"),
+    "lr": (_is_number, "a number"),
+}
+_OBJECTIVE: Fields = {
     "loss": (_or_null(_is_number), "a number, or null without tokens"),
     "tokens": (_is_count, "a whole number >= 0"),
 }
@@ -92,6 +94,8 @@ def _check_block(block: Any, k: int, where: str) -> None:
     _check_fields(block, _BLOCK, where)
     where = f'{where} "{block["block"]}"'
     lists = {"weights": _or_null(_is_number), "active": lambda value: isinstance(value, bool)}
+    if "norms" in block:  # not in files of earlier versions
+        lists["norms"] = _or_null(_is_number)
     for name, test in lists.items():
         values = block.get(name)
         if not isinstance(values, list) or len(values) != k or not all(map(test, values)):
@@ -117,10 +121,10 @@ def check_record(record: Any) -> None:
     kind = record.get("kind") if isinstance(record, dict) else None
     if kind not in KINDS:
         raise ValueError(f'a line must be an object whose "kind" is one of {", ".join(KINDS)}, found {_short(record)}')
-    if kind == "step":
-        _check_fields(record, _STEP, "step line")
+    if kind in ("step", "validation"):
+        _check_fields(record, _STEP if kind == "step" else _LOSSES, f"{kind} line")
         for name, entry in record["objectives"].items():
-            _check_fields(entry, _STEP_OBJECTIVE, f'step line: objective "{name}"')
+            _check_fields(entry, _OBJECTIVE, f'{kind} line: objective "{name}"')
     elif kind == "blocks":
         _check_fields(record, _BLOCKS, "blocks line")
         for block in record["blocks"]:

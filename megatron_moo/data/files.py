@@ -26,6 +26,38 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def check_file(option: str, path: str | Path | None) -> None:
+    """Refuse a path that no file can be written to, before the work is done; `option`: for the message.
+
+    Raises:
+        DataError: it is a directory, or would lie in a file.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{option} {path}: a directory; name a file")
+    for parent in path.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise DataError(f"{option} {path}: {parent} is a file, not a directory; choose another place")
+            break
+
+
+def output_directory(out: str | Path) -> Path:
+    """Where an output directory really lies: links are followed, so that they stay when it is replaced.
+
+    Raises:
+        DataError: a file is in the way; or a file system is mounted there, whose root cannot be renamed.
+    """
+    found = Path(os.path.realpath(out))
+    if (found.exists() or found.is_symlink()) and not found.is_dir():
+        raise DataError(f"--out {out}: a file is in the way; choose another directory")
+    if os.path.ismount(found):
+        raise DataError(f"--out {out}: the root of a file system, which cannot be replaced; name a directory in it")
+    return found
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` through a temporary name in the same directory."""
     path = Path(path)
@@ -52,11 +84,9 @@ def replaced_directory(out: str | Path, marker: str) -> Iterator[Path]:
         marker: name of the file that every finished output holds.
 
     Raises:
-        DataError: `out` is a file, or a directory that holds something else than an earlier output.
+        DataError: see output_directory; or it holds something else than an earlier output.
     """
-    out = Path(out).absolute()
-    if out.exists() and not out.is_dir():
-        raise DataError(f"--out {out}: a file is in the way; choose another directory")
+    out = output_directory(out)
     if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
         raise DataError(f"--out {out}: not empty and without {marker}, so it is not replaced; choose another directory")
     out.parent.mkdir(parents=True, exist_ok=True)

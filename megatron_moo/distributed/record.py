@@ -46,6 +46,10 @@ class StepRecord:
         """Cosines between objectives; NaN where one took no part or its gradient is zero."""
         return _cosine(self.gram_BKK)
 
+    def norm_BK(self) -> torch.Tensor:
+        """Lengths of the objectives' gradients; with the cosines, the Gramian."""
+        return self.gram_BKK.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+
     def conflict_share_B(self) -> torch.Tensor:
         """Share of pairs of different objectives with a negative inner product; NaN without a pair."""
         k = self.gram_BKK.shape[-1]

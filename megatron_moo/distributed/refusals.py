@@ -232,10 +232,28 @@ REFUSED = (
 
 ENTRY = (
     Row(
+        "packed sequences cut into parts",
+        "--moo-pack with --context-parallel-size",
+        "entry",
+        "each sample of a sequence would have to be cut by itself",
+        "drop one of them",
+        ("packed", "context_parallel_size"),
+        lambda setup: setup.packed and setup.context_parallel_size > 1,
+    ),
+    Row(
+        "packed sequences in other attention",
+        "--moo-pack with --experimental-attention-variant",
+        "entry",
+        "nobody has tried them there",
+        "drop one of them",
+        ("packed", "experimental_attention_variant"),
+        lambda setup: setup.packed and setup.experimental_attention_variant,
+    ),
+    Row(
         "other data loaders",
         "--dataloader-type",
         "entry",
-        "batches come language by language from --moo-data",
+        "batches come language by language from --blend-manifest or --moo-data",
         "drop it",
         ("dataloader_type",),
     ),
@@ -330,7 +348,7 @@ ENTRY = (
         "other data",
         "--data-path, --per-split-data-args-path, --mock-data, --sft",
         "entry",
-        "batches come from --moo-data, and these would be passed over",
+        "batches come from --blend-manifest or --moo-data, and these would be passed over",
         "drop them",
         ("data_path", "per_split_data_args_path", "mock_data", "sft"),
     ),

@@ -87,6 +87,8 @@ class Setup:
     # What the entry alone decides.
     preference: str | None = _args("moo_preference", None)
     calculate_per_token_loss: bool = _args("calculate_per_token_loss")
+    packed: bool = _args("moo_pack")
+    experimental_attention_variant: str | None = _args("experimental_attention_variant", None)
     dataloader_type: str = _args("dataloader_type", "external")
     iterations_to_skip: Sequence[int] = _args("iterations_to_skip", ())
     rampup_batch_size: Any = _args("rampup_batch_size", None)

@@ -40,6 +40,10 @@ With torch_dist checkpoints that are saved synchronously:
 With the local layer spec and sequence parallelism:
 
 - PyTorch's norms refuse.  Repaired: the norms of `norms.py` take their place.
+
+With the local layer spec and packed sequences:
+
+- The attention refuses.  Repaired: see `packed.py`.
 """
 
 import functools
@@ -61,8 +65,10 @@ def install() -> None:
     from megatron.core.optimizer.optimizer import ChainedOptimizer
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+    from megatron_moo.platform import packed
     from megatron_moo.platform.norms import build_norm
 
+    packed.install()
     optimizer_class = distrib_optimizer.DistributedOptimizer
     WrappedTorchNorm.__new__ = staticmethod(build_norm)
     optimizer_class._set_main_param_and_optimizer_states = torch.no_grad()(

@@ -14,6 +14,7 @@ from megatron_moo.distributed import GRANULARITIES, PREFERENCES, SCOPES, MooConf
 from megatron_moo.distributed.config import NON_FINITE, WAVE_MEMORIES
 from megatron_moo.distributed.settings import Setup
 from megatron_moo.distributed.support import problems
+from megatron_moo.training.data_arguments import add_data_arguments, check_data_arguments
 from megatron_moo.training.method_arguments import add_method_arguments, method_options, wrapper_options
 
 OFF = "off"
@@ -25,7 +26,7 @@ def add_moo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "megatron-moo", "bucket-level multi-objective gradients for multilingual fine-tuning"
     )
     _add_gradient_options(group)
-    _add_data_options(group)
+    add_data_arguments(group)
     _add_run_options(group)
     add_method_arguments(group)
     return parser
@@ -121,28 +122,6 @@ def _add_fault_options(group: Any) -> None:
     )
 
 
-def _add_data_options(group: Any) -> None:
-    group.add_argument(
-        "--moo-data",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="data made by tools/preprocess.py (holds manifest.json)",
-    )
-    group.add_argument(
-        "--moo-languages",
-        default=None,
-        metavar="LANG,...",
-        help="train on these only (default: all that the training split has)",
-    )
-    group.add_argument("--moo-train-split", default="train", help="split to train on (default: train)")
-    group.add_argument(
-        "--moo-valid-split",
-        default="valid",
-        help="split for Megatron's validation loss, if there (default: valid)",
-    )
-
-
 def _add_run_options(group: Any) -> None:
     group.add_argument(
         "--moo-run-dir",
@@ -184,8 +163,7 @@ def validate_moo_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming option, reason and remedy.
     """
-    if args.moo_data is None:
-        raise ValueError("--moo-data is missing: the directory that tools/preprocess.py made")
+    check_data_arguments(args)
     if args.moo_log_interval < 1:
         raise ValueError(f"--moo-log-interval must be at least 1, found {args.moo_log_interval}")
     if args.moo_preference is None:

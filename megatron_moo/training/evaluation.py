@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from megatron_moo.data.encoding.encode import Encoder
+from megatron_moo.data.encoding.tokenizers import Tokenizer
 from megatron_moo.data.files import DataError, write_json
-from megatron_moo.data.rows import EvalRow, read_eval_rows
-from megatron_moo.data.tokenizers import Tokenizer
+from megatron_moo.data.reading.rows import EvalRow, read_eval_rows
 from megatron_moo.training.decode import greedy_decode
 
 Counts = dict[str, dict[str, dict[str, dict[str, int]]]]  # split -> language -> task -> correct, total
@@ -47,39 +48,47 @@ def spread(rows: list[EvalRow], limit: int | None) -> list[EvalRow]:
     return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
-def check_lengths(splits: dict[str, list[EvalRow]], tokenizer: Tokenizer, seq_length: int) -> None:
-    """Refuse prompts that leave no room for an answer, before a run trains for nothing.
+def check_prompts(splits: dict[str, list[EvalRow]], encoder: Encoder, seq_length: int) -> None:
+    """Refuse prompts that cannot be decoded from, before a run trains for nothing.
 
     Raises:
-        ValueError: naming split, language, length and option.
+        ValueError: no room for an answer (naming split, language, length and option), or a row that the template of
+            the training data does not take.
     """
     for split, rows in splits.items():
-        for row in rows:
-            if (length := len(tokenizer.encode(row.prompt))) >= seq_length:
+        for row, prompt in zip(rows, encoder.prompts([row.row for row in rows]), strict=True):
+            if isinstance(prompt, DataError):
+                raise prompt
+            if len(prompt) >= seq_length:
                 raise DataError(
-                    f"--moo-eval-rows: a prompt of {length} tokens ({split}, {row.lang}: {row.prompt!r}) leaves "
+                    f"--moo-eval-rows: a prompt of {len(prompt)} tokens ({split}, {row.lang}: {row.prompt!r}) leaves "
                     f"no room for an answer in --max-position-embeddings {seq_length}; raise that, or leave the row out"
                 )
 
 
 def evaluate(
-    model: list[torch.nn.Module], tokenizer: Tokenizer, splits: dict[str, list[EvalRow]], **decode_options: Any
+    model: list[torch.nn.Module],
+    tokenizer: Tokenizer,
+    encoder: Encoder,
+    splits: dict[str, list[EvalRow]],
+    **decode_options: Any,
 ) -> Counts:
     """Decode every row of every split and count exact matches; the same counts on every rank.
 
     Args:
         model: this rank's chunks.
-        tokenizer: the one the model was trained with.
+        tokenizer, encoder: those that the training data were made with.
         splits: rows by split.
         decode_options: of :func:`~megatron_moo.training.decode.greedy_decode`.
     """
     rows = [(split, row) for split, of_split in splits.items() for row in of_split]
-    prompts = [tokenizer.encode(row.prompt) for _, row in rows]
+    prompts = encoder.prompts([row.row for _, row in rows])
+    wanted = encoder.answers([row.row for _, row in rows])
     answers = greedy_decode(model, prompts, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size, **decode_options)
     counts: Counts = {}
-    for (split, row), answer in zip(rows, answers, strict=True):
+    for (split, row), answer, text in zip(rows, answers, wanted, strict=True):
         cell = counts.setdefault(split, {}).setdefault(row.lang, {}).setdefault(row.task, {"correct": 0, "total": 0})
-        cell["correct"] += tokenizer.decode(answer).strip() == row.completion.strip()
+        cell["correct"] += tokenizer.decode(answer).strip() == text.strip()
         cell["total"] += 1
     return counts
 

@@ -29,13 +29,15 @@ from megatron.training import get_args, get_tensorboard_writer, pretrain, print_
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
 from megatron_moo.analysis.cost import start_report
-from megatron_moo.data.batches import MicroBatches
+from megatron_moo.data.sampling.batches import MicroBatches, Samples
+from megatron_moo.data.sampling.sampler import LanguagePureSampler
 from megatron_moo.distributed import BucketLevelMoo, install
+from megatron_moo.platform.packed import packed_params
 from megatron_moo.training import metrics
 from megatron_moo.training.arguments import OFF
 from megatron_moo.training.builder import MooGPTModelConfig
 from megatron_moo.training.evaluation import evaluate, write_evaluation
-from megatron_moo.training.plan import Plan, has_validation, prepare, write_config
+from megatron_moo.training.plan import Plan, prepare, write_config
 from megatron_moo.training.seams import hooked_training_loop
 
 
@@ -47,6 +49,9 @@ class Run:
         self.model: list[torch.nn.Module] = []
         self.moo: BucketLevelMoo | None = None
         self._losses = metrics.LossRecorder(len(plan.objectives))
+        self._valid: list[MicroBatches] = []  # of each virtual pipeline stage
+        self._validation_losses = metrics.LossRecorder(len(plan.objectives))
+        self._shift = 0  # of the data's steps against Megatron's, in a run that went on with another batch size
         self._file: metrics.MetricsFile | None = None
         self._read: Counter[int] = Counter()  # batches of the current step, by virtual pipeline stage
 
@@ -57,7 +62,7 @@ class Run:
         assert self.moo is None, "two models are built in one run"
         self.model = model
         if get_args().moo_method != OFF and not get_args().skip_train:
-            self.moo = install(model, self.plan.config, self.plan.sampler.assign, self._losses.sums)
+            self.moo = install(model, self.plan.config, self._assign, self._losses.sums)
             if self.moo.slot != self._place()[0]:
                 raise RuntimeError(
                     f"the exchange takes this rank for slot {self.moo.slot}, its data are those of slot "
@@ -96,28 +101,36 @@ class Run:
         Called for each virtual pipeline stage; the schedule reads an iterator a stage, each at its own pace.
         """
         args = get_args()
-        # By the step's number, as the exchange: a resumed run may have another batch size.
-        train = self._batches(args.moo_train_split, args.iteration)
+        start = -(-args.consumed_train_samples // args.global_batch_size)
+        self._shift = start - args.iteration
+        train = self._batches(self.plan.data.samples, self.plan.sampler, start, args.moo_parallel)
         valid = None
-        if has_validation(args, self.plan.manifest):
-            valid = self._batches(args.moo_valid_split, args.consumed_valid_samples // args.global_batch_size)
+        if self.plan.data.validation:
+            valid = self._batches(self.plan.data.validation, self.plan.valid_sampler)
+            self._valid.append(valid)
         return train, valid, None
 
-    def _batches(self, split: str, start_step: int) -> MicroBatches:
+    def _assign(self, step: int) -> Any:
+        """Language of every row of Megatron's step: the data go by the samples that were consumed."""
+        return self.plan.sampler.assign(step + self._shift)
+
+    def _batches(
+        self, samples: list[Samples], sampler: LanguagePureSampler, start_step: int = 0, parallel: bool = False
+    ) -> MicroBatches:
         args = get_args()
         slot, peer = self._place()
         return MicroBatches(
-            self.plan.manifest,
-            split,
-            self.plan.sampler,
+            samples,
+            sampler,
             slot=slot,
             micro_batch_size=args.micro_batch_size,
             micro_batches_per_wave=self.plan.micro_batches_per_wave,
             seq_length=args.seq_length,
-            pad_id=self.plan.manifest.tokenizer.eod,
+            pad_id=self.plan.data.manifest.tokenizer.eod,
             start_step=start_step,
             peer=peer,
             peers=self.plan.peers,
+            parallel=parallel,
         )
 
     def begin_step(self) -> int:
@@ -128,9 +141,11 @@ class Run:
 
     def forward_step(self, batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple:
         """One micro-batch through this chunk of the model."""
-        if not any(get_attr_wrapped_model(model, end) for end in ("pre_process", "post_process")):
+        ends = any(get_attr_wrapped_model(model, end) for end in ("pre_process", "post_process"))
+        if not ends and not get_args().moo_pack:  # packed, the stages between need the bounds of the samples
             return model(None, None, None), None
         batch = dict(next(batches))  # a copy: Megatron's rerun machine keeps the original
+        packed = packed_params(batch)
         objective = int(batch.pop("objective"))
         if model.training:
             self._check_objective(objective, get_attr_wrapped_model(model, "vp_stage") or 0)
@@ -138,15 +153,15 @@ class Run:
         if get_args().context_parallel_size > 1:
             group = parallel_state.get_context_parallel_group()
             batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
-        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return losses, functools.partial(self._loss, batch["loss_mask"], objective if model.training else None)
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
+        return losses, functools.partial(self._loss, batch["loss_mask"], objective, model.training)
 
     def _check_objective(self, objective: int, stage: int) -> None:
         """The exchange takes the sampler's word for a row's language; so must the data of each virtual stage."""
         wave = self._read[stage] // self.plan.micro_batches_per_wave
         self._read[stage] += 1
         step, (slot, _) = get_args().curr_iteration, self._place()
-        expected = int(self.plan.sampler.assign(step)[wave, slot])
+        expected = int(self._assign(step)[wave, slot])
         if objective != expected:
             names = self.plan.objectives
             raise RuntimeError(
@@ -154,12 +169,11 @@ class Run:
                 f"{names[expected]}: data and steps have come apart"
             )
 
-    def _loss(self, mask: torch.Tensor, objective: int | None, losses: torch.Tensor) -> tuple:
+    def _loss(self, mask: torch.Tensor, objective: int, training: bool, losses: torch.Tensor) -> tuple:
         """Sum of token losses and number of tokens of this rank's part; Megatron divides as its flags say."""
         total = (losses.float() * mask).sum()
         tokens = mask.sum()
-        if objective is not None:
-            self._losses.add(objective, total, tokens)
+        (self._losses if training else self._validation_losses).add(objective, total, tokens)
         return total, tokens.int(), {"lm loss": torch.stack([total.detach(), tokens])}
 
     def after_step(self, *, learning_rate: Any, iteration: int, grad_norm: Any) -> None:
@@ -173,19 +187,44 @@ class Run:
             return
         quarantined = self._quarantined()
         step = metrics.step_fields(iteration, self.plan.objectives, sums, learning_rate, grad_norm, quarantined)
-        if args.moo_run_dir is not None:
-            self._file = self._file or metrics.MetricsFile(args.moo_run_dir / "metrics.jsonl")
-            self._file.write("step", **step)
-            if rows is not None:
-                self._file.write(
-                    "blocks",
-                    step=iteration,
-                    method=args.moo_method,
-                    granularity=args.moo_granularity,
-                    objectives=self.plan.objectives,
-                    blocks=rows,
-                )
+        self._write("step", **step)
+        if rows is not None:
+            self._write(
+                "blocks",
+                step=iteration,
+                method=args.moo_method,
+                granularity=args.moo_granularity,
+                objectives=self.plan.objectives,
+                blocks=rows,
+            )
         self._report(step, rows)
+
+    def before_validation(self) -> None:
+        """Read the same samples as the last time: losses of different steps, and of other runs, can be compared."""
+        for batches in self._valid:
+            batches.restart(0)
+
+    def after_validation(self, iteration: int, ended: bool) -> None:
+        """Report the validation losses of the languages; a validation that was cut short is none."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        sums = self._validation_losses.reduce(group)
+        if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1 or sums is None or not ended:
+            return
+        fields = metrics.loss_fields(iteration, self.plan.objectives, sums)
+        if not get_args().skip_train:  # a line of an earlier step would void those of later ones
+            self._write("validation", **fields)
+        seen = {name: cell["loss"] for name, cell in fields["objectives"].items() if cell["loss"] is not None}
+        if writer := get_tensorboard_writer():
+            for name, loss in seen.items():
+                writer.add_scalar(f"validation/{name}", loss, iteration)
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in seen.items())
+        print_rank_last(f" moo: step {iteration}: validation loss: {losses}")
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        if get_args().moo_run_dir is not None:
+            self._file = self._file or metrics.MetricsFile(get_args().moo_run_dir / "metrics.jsonl")
+            self._file.write(kind, **fields)
 
     def _quarantined(self) -> list[str]:
         """Languages that were left out of the step because their gradient was not finite."""
@@ -236,7 +275,8 @@ class Run:
         print_rank_0(f" moo: decoding {sum(map(len, self.plan.evaluation.values()))} prompts ...")
         counts = evaluate(
             self.model,
-            self.plan.manifest.load_tokenizer(),
+            self.plan.data.manifest.load_tokenizer(),
+            self.plan.data.manifest.load_encoder(),
             self.plan.evaluation,
             max_new_tokens=args.moo_eval_new_tokens,
             seq_length=args.max_position_embeddings,
@@ -273,7 +313,8 @@ def run() -> None:
     this.datasets.__func__.is_distributed = True
     model_config = gpt_config_from_args(args, model_config_cls=MooGPTModelConfig)
     model_config.post_wrap_hooks.append(this.on_wrapped)
-    with hooked_training_loop(lambda: this.moo, this.begin_step, this.after_step):
+    hooks = (this.begin_step, this.after_step, this.before_validation, this.after_validation)
+    with hooked_training_loop(lambda: this.moo, *hooks):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             this.datasets,

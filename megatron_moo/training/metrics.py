@@ -58,6 +58,7 @@ def block_rows(record: StepRecord) -> list[dict[str, Any]]:
     """JSON rows of a stage's blocks; copies to the host, so only at logging intervals."""
     columns = {
         "cosine": record.cosine_BKK(),
+        "norms": record.norm_BK(),
         "conflict_share": record.conflict_share_B(),
         "control_share": record.control_share_B(),
         "control_cosine": record.control_cosine_B(),
@@ -117,25 +118,35 @@ def step_fields(
     grad_norm: Any,
     quarantined: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The ``step`` line: the loss over all tokens, each objective's own, and who was left out of the step.
+    """The ``step`` line: losses, and who was left out of the step."""
+    fields = {
+        "grad_norm": None if grad_norm is None else float(grad_norm),
+        "lr": learning_rate,
+    }
+    return (
+        loss_fields(iteration, objectives, sums_K2)
+        | fields
+        | ({"quarantined": list(quarantined)} if quarantined else {})
+    )
+
+
+def loss_fields(iteration: int, objectives: list[str], sums_K2: torch.Tensor) -> dict[str, Any]:
+    """What a ``step`` and a ``validation`` line have in common: the loss over all tokens, and each objective's own.
 
     A loss that is not finite stays its objective's: the loss over all tokens is that of the others.
     """
     sums = sums_K2.tolist()
     finite = [(loss, n) for loss, n in sums if math.isfinite(loss)]
     tokens = sum(n for _, n in finite)
-    fields = {
+    return {
         "step": iteration,
         "time": time.time(),
         "loss": sum(loss for loss, _ in finite) / tokens if tokens else None,
-        "grad_norm": None if grad_norm is None else float(grad_norm),
-        "lr": learning_rate,
         "objectives": {
             name: {"loss": loss / n if n else None, "tokens": int(n)}
             for name, (loss, n) in zip(objectives, sums, strict=True)
         },
     }
-    return fields | ({"quarantined": list(quarantined)} if quarantined else {})
 
 
 def mean_of(rows: list[dict[str, Any]], field: str) -> float | None:

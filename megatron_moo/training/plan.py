@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moo.data.manifest import Manifest
-from megatron_moo.data.rows import EvalRow
-from megatron_moo.data.sampler import LanguagePureSampler
+from megatron_moo.data.reading.rows import EvalRow
+from megatron_moo.data.sampling.sampler import LanguagePureSampler
 from megatron_moo.distributed import MooConfig
 from megatron_moo.distributed.slots import num_slots
 from megatron_moo.training.arguments import OFF, add_moo_arguments, moo_config, validate_moo_arguments
-from megatron_moo.training.evaluation import check_lengths, read_splits
+from megatron_moo.training.evaluation import check_prompts, read_splits
 from megatron_moo.training.resume import check_checkpoint
+from megatron_moo.training.run_data import RunData, chosen_manifest, open_run_data, print_run_data
 from megatron_moo.training.seams import parse_arguments
 
 
@@ -28,17 +29,19 @@ class Plan:
     """A run, as far as the command line decides it.
 
     Attributes:
-        manifest: the data, of the chosen languages alone.
+        data: what it reads.
         config: how gradients are combined.
         sampler: over D slots and W waves.
+        valid_sampler: the same for validation, where languages have equal shares.
         peers: P.
         micro_batches_per_wave: M.
         evaluation: rows to decode, by split.
     """
 
-    manifest: Manifest
+    data: RunData
     config: MooConfig
     sampler: LanguagePureSampler
+    valid_sampler: LanguagePureSampler
     peers: int
     micro_batches_per_wave: int
     evaluation: dict[str, list[EvalRow]]
@@ -63,11 +66,6 @@ def prepare() -> Plan:
     return plans[0]
 
 
-def has_validation(args: Any, manifest: Manifest) -> bool:
-    """Whether the validation split holds every language."""
-    return set(manifest.objectives) <= set(manifest.splits.get(args.moo_valid_split, ()))
-
-
 def write_config(args: Any, plan: Plan) -> None:
     """Write config.json (docs/metrics.md) into the run directory, whole or not at all."""
     args.moo_run_dir.mkdir(parents=True, exist_ok=True)
@@ -88,13 +86,8 @@ def write_config(args: Any, plan: Plan) -> None:
 
 def _plan(args: Any) -> Plan:
     validate_moo_arguments(args)
-    manifest = Manifest.load(args.moo_data)
-    objectives = _objectives(args, manifest)
-    manifest = dataclasses.replace(manifest, objectives=tuple(objectives))
-    if not has_validation(args, manifest):
-        args.eval_iters = 0  # or Megatron would ask for batches that nobody has
-    _check_lengths(args, manifest)
-    config = moo_config(args, objectives)
+    manifest = chosen_manifest(args)
+    config = moo_config(args, list(manifest.objectives))
     slots = num_slots(
         args.world_size // args.pipeline_model_parallel_size,
         args.tensor_model_parallel_size,
@@ -105,25 +98,30 @@ def _plan(args: Any) -> Plan:
     if config.method != OFF:
         config.check_slots(slots)
         _leave_nan_to_quarantine(args)
-    sampler = LanguagePureSampler(
-        len(objectives), slots, config.waves_for(slots), seed=args.seed, active=args.moo_active
-    )
-    peers = args.data_parallel_size // slots
-    micro_batches = _micro_batches_per_wave(args, sampler, peers)
+    waves, peers = config.waves_for(slots), args.data_parallel_size // slots
+    micro_batches = _micro_batches_per_wave(args, len(manifest.objectives), slots, waves, peers)
+    data = open_run_data(args, manifest, row_samples=args.micro_batch_size * micro_batches * peers)
+    if data.validation:
+        _check_validation(args, micro_batches * waves)
+    else:
+        args.eval_iters = 0  # or Megatron would ask for batches that nobody has
+    sampler, valid_sampler = data.samplers(slots, waves, args.moo_active, args.moo_floor)
     _check_decoding(args)
     evaluation = read_splits(args.moo_eval_rows, args.moo_eval_limit)
-    check_lengths(evaluation, manifest.load_tokenizer(), args.max_position_embeddings)
-    check_checkpoint(args, config, sampler.rows)
-    return Plan(manifest, config, sampler, peers, micro_batches, evaluation)
+    if evaluation:
+        check_prompts(evaluation, manifest.load_encoder(), args.max_position_embeddings)
+    check_checkpoint(args, config, sampler.rows, data.identity())
+    if args.rank == 0:
+        print_run_data(args, data, sampler)
+    return Plan(data, config, sampler, valid_sampler, peers, micro_batches, evaluation)
 
 
-def _micro_batches_per_wave(args: Any, sampler: LanguagePureSampler, peers: int) -> int:
+def _micro_batches_per_wave(args: Any, languages: int, slots: int, waves: int, peers: int) -> int:
     """M, from the global batch size.
 
     Raises:
         ValueError: if it is not whole, or the interleaved pipeline cannot run so many.
     """
-    slots, waves = sampler.slots, sampler.waves
     unit = args.micro_batch_size * slots * peers * waves
     found = f"--global-batch-size {args.global_batch_size}"
     if args.global_batch_size % unit:
@@ -131,7 +129,7 @@ def _micro_batches_per_wave(args: Any, sampler: LanguagePureSampler, peers: int)
         ranks = f"{slots} slots" + (f" of {peers} data-parallel ranks" if peers > 1 else "")
         raise ValueError(
             f"{found} must be a multiple of {unit}: micro batch size {args.micro_batch_size} x {ranks} x {waves} waves "
-            f"({sampler.num_objectives} languages); the nearest {'are' if below else 'is'} "
+            f"({languages} languages); the nearest {'are' if below else 'is'} "
             f"{f'{below} and ' if below else ''}{below + unit}"
         )
     count = args.global_batch_size // unit
@@ -148,6 +146,21 @@ def _micro_batches_per_wave(args: Any, sampler: LanguagePureSampler, peers: int)
             f"sizes are {' and '.join(str(m * unit) for m in nearest)}"
         )
     return count
+
+
+def _check_validation(args: Any, micro_batches: int) -> None:
+    """Refuse a batch that the interleaved pipeline cannot validate on: all waves are one pass there."""
+    stages = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or stages
+    if args.virtual_pipeline_model_parallel_size is None or not args.eval_iters:
+        return
+    if not _interleaves(micro_batches, group, stages):
+        raise ValueError(
+            f"--eval-iters {args.eval_iters}: a validation batch is {micro_batches} micro-batches of a rank; the "
+            f"interleaved pipeline runs them in groups of {group}, the last of which needs as many as there are stages "
+            f"({stages}); change --global-batch-size or --microbatch-group-size-per-virtual-pipeline-stage, or set "
+            "--eval-iters 0"
+        )
 
 
 def _interleaves(micro_batches: int, group: int, stages: int) -> bool:
@@ -183,35 +196,11 @@ def _leave_nan_to_quarantine(args: Any) -> None:
         )
 
 
-def _check_lengths(args: Any, manifest: Manifest) -> None:
-    """Say which samples are too long, and refuse a language none of whose samples fits."""
-    splits = [args.moo_train_split] + [args.moo_valid_split] * has_validation(args, manifest)
-    for split in splits:
-        for lang in manifest.objectives:
-            corpus = manifest.corpus(split, lang, args.seq_length + 1)
-            if corpus.dropped and args.rank == 0:
-                print(
-                    f" moo: {split}/{lang}: {corpus.dropped} of {corpus.dropped + len(corpus)} samples are longer than "
-                    f"--seq-length {args.seq_length} and left out"
-                )
-
-
-def _objectives(args: Any, manifest: Manifest) -> list[str]:
-    known = list(manifest.languages(args.moo_train_split))
-    if args.moo_languages is None:
-        return known
-    chosen = [name.strip() for name in args.moo_languages.split(",") if name.strip()]
-    if unknown := [name for name in chosen if name not in known]:
-        raise ValueError(
-            f"--moo-languages: no training data for {', '.join(unknown)} in {args.moo_data}; known: {', '.join(known)}"
-        )
-    return chosen
-
-
 def _defaults(argv: list[str]) -> dict[str, Any]:
     """Defaults of Megatron's arguments that follow from ours; flags that are given win."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--moo-data", type=Path)
+    early.add_argument("--blend-manifest", type=Path)
     early.add_argument("--moo-run-dir", type=Path)
     ours, _ = early.parse_known_args(argv)
     defaults: dict[str, Any] = {
@@ -220,8 +209,8 @@ def _defaults(argv: list[str]) -> dict[str, Any]:
         "eval_interval": 1000,
         "save_interval": 1000,  # Megatron wants one with --save; it saves at the end and on a signal in any case
     }
-    if ours.moo_data is not None:
-        defaults["vocab_size"] = Manifest.load(ours.moo_data).tokenizer.vocab_size
+    if data := ours.blend_manifest or ours.moo_data:
+        defaults["vocab_size"] = Manifest.load(data).tokenizer.vocab_size
     if ours.moo_run_dir is not None:
         checkpoints = str(ours.moo_run_dir / "checkpoints")
         defaults |= {

@@ -47,10 +47,23 @@ _BUCKETS = (
     "accumulate_allreduce_grads_in_fp32",
 )
 # What the samples of a step follow from, beside its number and the data.
-_SAMPLES = ("global_batch_size", "seq_length", "seed", "moo_rows", "moo_objectives", "moo_active", "moo_train_split")
+_SAMPLES = (
+    "seq_length",
+    "moo_rows",
+    "moo_objectives",
+    "moo_active",
+    "moo_floor",
+    "moo_train_split",
+    "moo_overlong",
+    "moo_pack",
+    "moo_parallel",
+    "moo_data_order",
+    "moo_data_fingerprint",
+    "moo_blend",
+)
 
 
-def check_checkpoint(args: argparse.Namespace, config: MooConfig, rows: int) -> None:
+def check_checkpoint(args: argparse.Namespace, config: MooConfig, rows: int, data: dict[str, Any]) -> None:
     """Refuse what the checkpoint in ``--load`` cannot continue, and say what will not be as it was.
 
     Leaves what the samples of this run follow from in ``args``, for the check of the run that resumes it.
@@ -59,11 +72,13 @@ def check_checkpoint(args: argparse.Namespace, config: MooConfig, rows: int) -> 
         args: Megatron's arguments, validated.
         config: of this run.
         rows: R, gradient rows of a step.
+        data: what decides the samples of a step besides the options, by names that are kept in the checkpoint.
 
     Raises:
         ValueError: another model; optimizer state that this layout cannot read; another method's state.
     """
     args.moo_rows, args.moo_objectives = rows, list(config.objectives)
+    vars(args).update(data)
     state = _common_state(args)
     if state is None or "args" not in state:
         return
@@ -107,9 +122,14 @@ def _differing(names: Sequence[str], saved: argparse.Namespace, args: argparse.N
 
 
 def _option(name: str) -> str:
-    return {"moo_rows": "gradient rows of a step", "moo_objectives": "languages"}.get(
-        name, "--" + name.replace("_", "-")
-    )
+    words = {
+        "moo_rows": "gradient rows of a step",
+        "moo_objectives": "languages",
+        "moo_data_order": "seed of the data",
+        "moo_data_fingerprint": "prepared data",
+        "moo_blend": "shares of the blend",
+    }
+    return words.get(name, "--" + name.replace("_", "-"))
 
 
 def _check_model(args: argparse.Namespace, saved: argparse.Namespace) -> None:
@@ -198,4 +218,6 @@ def _sample_remarks(args: argparse.Namespace, saved: argparse.Namespace) -> list
             "the steps to come are not those of the interrupted run, and of the current epoch some samples come twice "
             f"and some not at all, as this changed: {', '.join(found)}"
         ]
+    if found := _differing(("global_batch_size",), saved, args):
+        return [f"{found[0]}: the run goes on after the samples that were consumed, to about a row of each language"]
     return []

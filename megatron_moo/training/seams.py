@@ -7,7 +7,9 @@ Of ``megatron.training.training``:
 - ``get_optimizer_param_scheduler``: the scheduler is the part of a checkpoint that is common to all ranks and follows
   Megatron's own rules for resuming (``--finetune`` and ``--no-load-optim`` leave it out), so the aggregator's state
   travels in it;
-- ``training_log``: called once per step on every rank with what a step reports.
+- ``training_log``: called once per step on every rank with what a step reports;
+- ``evaluate_and_print_results``, ``evaluate``: called for each validation, which reads the same samples every time and
+  reports the losses of the languages.
 
 Of ``megatron.training.arguments``:
 
@@ -88,6 +90,8 @@ def hooked_training_loop(
     moo: Callable[[], BucketLevelMoo | None],
     begin_step: Callable[[], int],
     after_step: Callable[..., None],
+    before_validation: Callable[[], None],
+    after_validation: Callable[[int, bool], None],
 ) -> Iterator[None]:
     """Run Megatron's loop with our hooks inside this context.
 
@@ -96,8 +100,16 @@ def hooked_training_loop(
             because the model is built inside the loop.
         begin_step: index of the step that starts.
         after_step: called with the keyword arguments ``learning_rate, iteration, grad_norm``.
+        before_validation: called before each validation.
+        after_validation: called with the number of the step that it followed, and whether it came to its end.
     """
-    names = ("get_forward_backward_func", "get_optimizer_param_scheduler", "training_log")
+    names = (
+        "get_forward_backward_func",
+        "get_optimizer_param_scheduler",
+        "training_log",
+        "evaluate_and_print_results",
+        "evaluate",
+    )
     missing = [name for name in names if not hasattr(loop, name)]
     if missing:
         raise RuntimeError(
@@ -132,7 +144,28 @@ def hooked_training_loop(
         after_step(learning_rate=learning_rate, iteration=iteration, grad_norm=args[3])
         return result
 
-    hooks = (get_forward_backward_func, get_optimizer_param_scheduler, training_log)
+    ended = True
+
+    def evaluate_and_print_results(
+        prefix: str, forward_step: Any, batches: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
+    ) -> None:
+        before_validation()
+        stock["evaluate_and_print_results"](prefix, forward_step, batches, model, iteration, *args, **kwargs)
+        after_validation(iteration, ended)
+
+    def evaluate(*args: Any, **kwargs: Any) -> tuple:
+        nonlocal ended
+        result = stock["evaluate"](*args, **kwargs)
+        ended = not result[2]  # else --exit-duration-in-mins cut it short
+        return result
+
+    hooks = (
+        get_forward_backward_func,
+        get_optimizer_param_scheduler,
+        training_log,
+        evaluate_and_print_results,
+        evaluate,
+    )
     for name, hook in zip(names, hooks, strict=True):
         setattr(loop, name, hook)
     try:

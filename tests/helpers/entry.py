@@ -23,7 +23,7 @@ WORDS = {"de": "eins zwei drei vier", "en": "one two three four", "ru": "раз 
 
 def prepare_data(folder: Path, languages: tuple[str, ...] = LANGUAGES, rows: int = 24) -> Path:
     """JSONL rows of `languages` in `folder`/rows and, tokenised as bytes, in `folder`/prepared, which is returned."""
-    from megatron_moo.data.preprocess import Request, prepare
+    from megatron_moo.data.preparing.preprocess import Request, prepare
 
     for split, count in (("train", rows), ("valid", 8), ("test", 4)):
         for lang in languages:

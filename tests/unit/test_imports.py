@@ -36,7 +36,7 @@ def test_the_arrows_hold():
         ("platform/a.py", "import megatron_moo.aggregation", "may import no other part"),
         ("data/a.py", "from megatron_moo.distributed.waves import x", "may import aggregation, platform"),
         ("data/a.py", "from megatron_moo import checkpoint", "may import aggregation, platform"),
-        ("data/blend.py", "import torch", "may import numpy"),
+        ("data/blending/weights.py", "import torch", "may import numpy"),
         ("analysis/a.py", "def f():\n    from megatron_moo.training import x", "analysis imports"),
         ("training/a.py", "from megatron_moo import finetune", "training imports megatron_moo.finetune"),
         ("training/a.py", "import tools.report", "training imports tools.report"),

@@ -93,7 +93,7 @@ def test_a_resumed_run_counts_its_last_life_only(tmp_path):
     )
     metrics = analysis.read_metrics(path)
     assert [(line["step"], line["loss"]) for line in metrics.steps] == [(1, 9.0), (2, 1.0), (3, 1.0)]
-    assert [(line["step"], line["method"]) for line in metrics.blocks] == [(2, "old"), (3, "new")]
+    assert [(line["step"], line["method"]) for line in metrics.blocks] == [(3, "new")]
 
 
 def without(line: dict, field: str) -> dict:
@@ -104,7 +104,7 @@ def without(line: dict, field: str) -> dict:
     ("line", "message"),
     [
         ('{"kind": "step", ', "not JSON"),
-        ("[1]", '"kind" is one of step, blocks, event'),
+        ("[1]", '"kind" is one of step, blocks, validation, event'),
         ({"kind": "stepp"}, "found {'kind': 'stepp'}"),
         (without(step_line(1), "lr"), 'step line lacks "lr"'),
         (step_line(1) | {"step": 1.5}, '"step" must be a whole number'),
@@ -150,6 +150,26 @@ def test_a_diverged_run_can_be_read(tmp_path):
         metrics = analysis.read_metrics(write_lines(tmp_path / "metrics.jsonl", step, line))
         assert np.isnan(analysis.conflict_summary(metrics).cosine).all()
         assert np.isnan(analysis.block_series(metrics).weights).all()
+
+
+def _validation(step: int, **losses: float) -> dict:
+    cells = {name: {"loss": loss, "tokens": 3} for name, loss in losses.items()}
+    return {"kind": "validation", "step": step, "time": 1.0, "loss": 2.0, "objectives": cells}
+
+
+def test_validation_is_shown_by_language(tmp_path):
+    """Would catch: validation of a life that was given up, the best loss in place of the last one, broken plots."""
+    lines = (_validation(10, en=3.0, fa=4.0), _validation(20, en=1.0, fa=9.0), _validation(20, en=2.5, fa=3.5))
+    run = tmp_path / "run"
+    write_lines(run / "metrics.jsonl", step_line(10), *lines, step_line(30), _validation(30, en=2.75))
+    assert [line["step"] for line in analysis.read_run(run).metrics.validations] == [10, 20, 30]
+    write_lines(tmp_path / "again" / "metrics.jsonl", *lines, step_line(15))
+    assert [line["step"] for line in analysis.read_run(tmp_path / "again").metrics.validations] == [10]
+    text = text_of(analysis.validation_table([run]))
+    assert "2.7500 (2.5000)" in text and "3.5000 (3.5000)" in text and "step 30" in text
+    assert (run / "plots" / "loss_per_language.png") in analysis.plot_run(run)
+    with pytest.raises(ValueError, match="no run was validated"):
+        analysis.validation_table([write_evaluation(tmp_path / "other", "mean", seen={"en": (1, 2)})])
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moo.data.encoding.tokenizers import Tokenizer, load_tokenizer
+from tests.helpers.tiny_tokenizers import TEMPLATES, save_hugging_face, save_sentencepiece
+
 # Scripts of several kinds: right to left, combining marks, no spaces, outside the basic plane.
 TEXTS = {
     "en": "  two  spaces, and\ta tab ",
@@ -55,3 +58,17 @@ def corpus_dir(tmp_path: Path) -> Path:
         write_rows(data / "test" / f"{lang}.jsonl", prompt_rows(lang, 5))
     write_rows(data / "near" / "da.jsonl", prompt_rows("da", 4))
     return data
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
+    """A tiny tokenizer of each kind, and one for each chat template of tests/helpers/tiny_tokenizers.py."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    loaded = {
+        "byte": load_tokenizer("byte"),
+        "sentencepiece": load_tokenizer("sentencepiece", save_sentencepiece(folder / "spm.model")),
+        "bpe": load_tokenizer("huggingface", save_hugging_face(folder / "bpe")),
+    }
+    for name, (template, eos) in TEMPLATES.items():
+        loaded[name] = load_tokenizer("huggingface", save_hugging_face(folder / name, template, eos))
+    return loaded

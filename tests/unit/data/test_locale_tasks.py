@@ -17,7 +17,7 @@ pytest.importorskip("num2words", reason="needs the extra `example`")
 from examples.locale_tasks import generate  # noqa: E402
 from examples.locale_tasks.generate import Options, build  # noqa: E402
 from examples.locale_tasks.tasks import _DROPPED, TASKS, Tables  # noqa: E402
-from megatron_moo.data.rows import read_eval_rows  # noqa: E402
+from megatron_moo.data.reading.rows import read_eval_rows  # noqa: E402
 
 SMALL = Options(
     languages=("en", "es", "de"), unseen=("da", "th"),

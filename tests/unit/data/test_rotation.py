@@ -5,8 +5,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from megatron_moo.data.rotation import Rotation
-from megatron_moo.data.sampler import LanguagePureSampler
+from megatron_moo.data.sampling.apportion import Apportionment
+from megatron_moo.data.sampling.rotation import Rotation
+from megatron_moo.data.sampling.sampler import LanguagePureSampler
+from tests.helpers.sampling import step_examples
 
 # K objectives, n active, R rows, floor, weights. Steps: several cycles of equal weights, a part of one of others.
 STEPS = 700
@@ -44,15 +46,15 @@ def test_every_step_has_its_subset_and_turns_keep_their_share(case):
     rows = np.array([sampler.counts(step)[1] for step in range(STEPS)])
     active = rows > 0
     assert (active.sum(1) == n).all() and (rows.sum(1) == r).all()
-    rates = sampler.rotation.rates
+    rates = sampler.phases[0].source.rates
     assert rates.sum() == pytest.approx(n) and rates.min() >= floor * n / k - 1e-9 and rates.max() <= 1
     turns = np.cumsum(active, axis=0)
     assert np.abs(turns - np.arange(1, STEPS + 1)[:, None] * rates).max() < 1
     for objective in range(k):
         waits = np.diff(np.flatnonzero(active[:, objective]), prepend=-1)
-        assert waits.max() <= np.ceil(2 / rates[objective]) <= sampler.rotation.max_wait
+        assert waits.max() <= np.ceil(2 / rates[objective]) <= sampler.phases[0].source.max_wait
     if kind == "equal":
-        assert np.allclose(rates, n / k) and sampler.rotation.max_wait == -(-2 * k // n)
+        assert np.allclose(rates, n / k) and sampler.phases[0].source.max_wait == -(-2 * k // n)
     if floor == 1:
         assert np.ptp(rates) == 0
 
@@ -68,7 +70,7 @@ def test_rows_follow_the_weights(case):
     if kind == "equal":
         assert np.abs(mean * k / r - 1).max() < 0.05
     wanted = np.array(_weights(kind, k)) / sum(_weights(kind, k)) * r
-    free = (sampler.rotation.rates > floor * n / k + 1e-3) & (sampler.rotation.rates < 1)
+    free = (sampler.phases[0].source.rates > floor * n / k + 1e-3) & (sampler.phases[0].source.rates < 1)
     if r == n and free.any():  # no minimum of a row decides
         scale = mean[free] / wanted[free]
         assert np.ptp(scale) < 0.15 * scale.mean()
@@ -103,14 +105,14 @@ def test_no_place_is_tied_to_an_objective():
 @pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[8]], ids=str)
 def test_any_step_at_once_equals_walking_there(case):
     """Would catch: state that a resumed run does not have, also in a later cycle."""
-    k, cycle = case[0], _sampler(*case).rotation.cycle
+    k, cycle = case[0], _sampler(*case).phases[0].source.cycle
     sizes = [37 + i for i in range(k)]
     walked = _sampler(*case)
-    seen = {step: (walked.assign(step).copy(), walked.examples(step, 2, sizes)) for step in range(300)}
+    seen = {step: (walked.assign(step).copy(), step_examples(walked, step, 2, sizes)) for step in range(300)}
     for step in (299, 0, 128, 131):
         fresh = _sampler(*case)
         assert np.array_equal(fresh.assign(step), seen[step][0])
-        assert np.array_equal(fresh.examples(step, 2, sizes), seen[step][1])
+        assert np.array_equal(step_examples(fresh, step, 2, sizes), seen[step][1])
         assert np.array_equal(walked.assign(step), seen[step][0]), "going back changed the answer"
     fresh = _sampler(*case)
     late, ends = fresh.counts(2 * cycle + 7), _sampler(*case).counts(cycle)
@@ -127,7 +129,7 @@ def test_samples_of_a_step_do_not_depend_on_the_layout():
         steps.append([])
         for step in range(50):
             objectives = np.repeat(sampler.assign(step).ravel(), 2).tolist()
-            samples = sampler.examples(step, 2, sizes).ravel().tolist()
+            samples = step_examples(sampler, step, 2, sizes).ravel().tolist()
             steps[-1].append(sorted(zip(objectives, samples, strict=True)))
     assert steps[0] == steps[1] == steps[2]
 
@@ -135,7 +137,7 @@ def test_samples_of_a_step_do_not_depend_on_the_layout():
 def test_all_active_is_no_rotation():
     """Would catch: other data for `active = K`, which asks for what is done anyway."""
     plain, all_ = LanguagePureSampler(4, 2, 3, seed=2), LanguagePureSampler(4, 2, 3, seed=2, active=4)
-    assert all_.rotation is None
+    assert isinstance(all_.phases[0].source, Apportionment)
     assert all(np.array_equal(plain.assign(step), all_.assign(step)) for step in range(20))
     few = LanguagePureSampler(4, 2, 1, active=3)  # fewer rows than asked for
     assert all(len(set(few.assign(step).ravel().tolist())) == 2 for step in range(20))
@@ -155,3 +157,13 @@ def test_bad_options(options, message):
     """Would catch: a language that is never active."""
     with pytest.raises(ValueError, match=message):
         LanguagePureSampler(3, 2, 1, **options)
+
+
+def test_the_most_rows_of_a_step_and_the_shares_of_a_cycle():
+    """Would catch: parallel batches that take a sample twice in an epoch, because a step had more rows than said."""
+    for case in CASES:
+        source = _sampler(*case).phases[0].source
+        rows = np.stack([source.counts(step)[1] for step in range(600)])
+        assert rows.max() <= source.most
+        assert source.shares.sum() == pytest.approx(1)
+        assert source.shares * source.cycle * case[2] == pytest.approx(source.counts(source.cycle)[0])

@@ -42,6 +42,8 @@ FROM_ARGS: dict[str, dict[str, Any]] = {
     "layer-wise optimizers (Muon, Lion, SOAP with shards)": {"use_layer_wise_distributed_optimizer": True},
     "parameters gathered in the optimizer's step": {"overlap_param_gather_with_optimizer_step": True},
     "preference by tokens without token counts": {"moo_preference": "tokens", "calculate_per_token_loss": False},
+    "packed sequences cut into parts": {"moo_pack": True, "context_parallel_size": 2},
+    "packed sequences in other attention": {"moo_pack": True, "experimental_attention_variant": "dsa"},
     "other data loaders": {"dataloader_type": "cyclic"},
     "skipped steps": {"iterations_to_skip": [3]},
     "batch sizes that change": {"rampup_batch_size": [4, 4, 100]},

@@ -126,7 +126,7 @@ def test_damaged_data_is_refused(data, tmp_path, case):
 
 def test_a_missing_option_is_named(data, tmp_path):
     """Would catch: an assertion of Megatron's about a vocabulary, where --moo-data was forgotten."""
-    assert "--moo-data is missing" in _refused(entry_argv(data, *BATCH)[2:], tmp_path / "run")
+    assert "give one of them, found neither" in _refused(entry_argv(data, *BATCH)[2:], tmp_path / "run")
 
 
 def _program(*command: str, path: Path | None = None) -> subprocess.CompletedProcess:

@@ -26,6 +26,11 @@ def test_the_training_loop_calls_what_is_hooked():
         "get_forward_backward_func": (loop.train, "get_forward_backward_func("),
         "get_optimizer_param_scheduler": (loop.setup_model_and_optimizer, "get_optimizer_param_scheduler(optimizer)"),
         "training_log": (loop.train, "training_log("),
+        "evaluate": (
+            loop.evaluate_and_print_results,
+            "total_loss_dict, collected_non_loss_data, timelimit = evaluate(",
+        ),
+        "evaluate_and_print_results": (loop.train, "evaluate_and_print_results(prefix, forward_step_func"),
     }
     for name, (caller, call) in callers.items():
         assert hasattr(loop, name), moved(f"megatron.training.training.{name} is gone")
@@ -34,6 +39,9 @@ def test_the_training_loop_calls_what_is_hooked():
     wanted = ["loss_dict", "total_loss_dict", "learning_rate", "iteration", "loss_scale", "report_memory_flag"]
     wanted += ["skipped_iter", "grad_norm"]
     assert found[:8] == wanted, moved(f"training_log takes {found}")
+    found = _positional(loop.evaluate_and_print_results)
+    wanted = ["prefix", "forward_step_func", "data_iterator", "model", "iteration"]
+    assert found[:5] == wanted, moved(f"evaluate_and_print_results takes {found}")
 
 
 def test_arguments_are_parsed_in_the_steps_that_are_hooked():

@@ -17,7 +17,7 @@ Legend: K objectives, n active ones, R rows of a step, U steps of a cycle.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -65,6 +65,7 @@ class Rotation:
     Attributes:
         rates: [K] the f_k, summing to n.
         cycle: U.
+        most: the most rows that one objective can have in a step.
         max_wait: steps.
 
     Raises:
@@ -79,6 +80,8 @@ class Rotation:
         self.cycle = k * math.ceil(_STEPS / k)  # n / K is a multiple of 1 / U
         self._units = _rates(weights, active, floor, self.cycle)
         self.rates = self._units / self.cycle
+        equal = len(set(weights)) == 1
+        self.most = -(-rows // active) if equal else rows - active + 1
         self.max_wait = max(math.ceil(2 * self.cycle / unit) for unit in self._units.tolist())
         total = math.fsum(weights)
         # Relative to one another: rows when active.
@@ -88,9 +91,13 @@ class Rotation:
         zero = np.zeros(k, dtype=np.int64)
         self._states = {0: _State(zero, zero, zero)}
         self._last = 0
-        self.counts = lru_cache(maxsize=64)(self._counts)
 
-    def _counts(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """[K] shares of all rows of a cycle."""
+        return self._state(self.cycle).rows / (self.cycle * self._rows)
+
+    def counts(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of each objective in all steps before ``step``, and in it: two [K] int64 arrays."""
         cycles, place = divmod(step, self.cycle)
         before, after = self._state(place).rows, self._state(place + 1).rows

@@ -1,0 +1,1 @@
+"""Shares of the languages, and the manifest that holds them."""

@@ -1,0 +1,1 @@
+"""What there is of each language, and what is wrong with it."""
