@@ -16,7 +16,7 @@ class _Echo(torch.nn.Module):
     pre_process = post_process = True
     vp_stage = None
 
-    def forward(self, tokens, positions, mask, labels):
+    def forward(self, tokens, positions, mask, labels, packed_seq_params):
         assert torch.equal(labels, tokens + 1) and torch.equal(positions, tokens % 100)
         return labels.float()
 
@@ -45,7 +45,7 @@ def _forward(rank: int) -> tuple:
     finetune.get_args = lambda: args
     sampler = types.SimpleNamespace(assign=lambda step: torch.tensor([[0, 1]]))
     config = types.SimpleNamespace(objectives=["de", "en"])
-    plan = finetune.Plan(None, config, sampler, peers=1, micro_batches_per_wave=1, evaluation={})
+    plan = finetune.Plan(None, config, sampler, sampler, peers=1, micro_batches_per_wave=1, evaluation={})
     run = finetune.Run(plan)
     slot = parallel_state.get_data_parallel_rank()
     losses, loss = run.forward_step(iter([_batch(slot)]), _Echo())
