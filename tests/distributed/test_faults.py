@@ -491,11 +491,11 @@ def _spoilt_entry(language: str, steps: range) -> Callable[[], None]:
 
         stock = finetune.Run._loss
 
-        def loss(self, mask, objective, losses):
+        def loss(self, mask, objective, training, losses):
             names = self.plan.objectives
-            if objective is not None and names[objective] == language and get_args().curr_iteration in steps:
+            if training and names[objective] == language and get_args().curr_iteration in steps:
                 losses = losses * float("nan")
-            return stock(self, mask, objective, losses)
+            return stock(self, mask, objective, training, losses)
 
         finetune.Run._loss = loss
         entry_main()

@@ -187,7 +187,12 @@ def test_interrupted_from_the_keyboard(corpus, expected, tmp_path, monkeypatch):
         return encode_shard(*arguments)
 
     monkeypatch.setattr("megatron_moo.data.preparing.plan.encode_shard", slow)
-    child = fork(lambda: preprocess.main(_arguments(corpus, out)), tmp_path / "log")
+
+    def run() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+        return preprocess.main(_arguments(corpus, out))
+
+    child = fork(run, tmp_path / "log")
     deadline = time.monotonic() + 60
     while not any(_work(out).glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
