@@ -113,11 +113,6 @@ class Corpus:
         return self._tokens[part].astype(np.int64), self._mask[part].astype(bool)
 
     @property
-    def dropped(self) -> int:
-        """Documents of which nothing is left."""
-        return self.fit.dropped
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
         return int(self.lengths.max())

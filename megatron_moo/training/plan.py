@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_moo.data.manifest import Manifest
 from megatron_moo.data.reading.rows import EvalRow
 from megatron_moo.data.sampling.sampler import LanguagePureSampler
 from megatron_moo.distributed import MooConfig
@@ -20,7 +19,7 @@ from megatron_moo.distributed.slots import num_slots
 from megatron_moo.training.arguments import OFF, add_moo_arguments, moo_config, validate_moo_arguments
 from megatron_moo.training.evaluation import check_prompts, read_splits
 from megatron_moo.training.resume import check_checkpoint
-from megatron_moo.training.run_data import RunData, chosen_manifest, open_run_data, print_run_data
+from megatron_moo.training.run_data import RunData, chosen_manifest, load_manifest, open_run_data, print_run_data
 from megatron_moo.training.seams import parse_arguments
 
 
@@ -210,7 +209,7 @@ def _defaults(argv: list[str]) -> dict[str, Any]:
         "save_interval": 1000,  # Megatron wants one with --save; it saves at the end and on a signal in any case
     }
     if data := ours.blend_manifest or ours.moo_data:
-        defaults["vocab_size"] = Manifest.load(data).tokenizer.vocab_size
+        defaults["vocab_size"] = load_manifest(data).tokenizer.vocab_size
     if ours.moo_run_dir is not None:
         checkpoints = str(ours.moo_run_dir / "checkpoints")
         defaults |= {

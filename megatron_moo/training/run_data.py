@@ -6,6 +6,8 @@ Legend: K languages, R rows of a step.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -56,6 +58,12 @@ class RunData:
         }
 
 
+@functools.cache
+def load_manifest(path: Path) -> Manifest:
+    """`Manifest.load`, once in a process: it hashes the index files of all languages."""
+    return Manifest.load(path)
+
+
 def chosen_manifest(args: Any) -> Manifest:
     """The manifest, of the languages to train on.
 
@@ -63,7 +71,7 @@ def chosen_manifest(args: Any) -> Manifest:
         ValueError: an unknown language, or one without a share in the blend.
     """
     path = args.blend_manifest or args.moo_data
-    manifest = Manifest.load(path)
+    manifest = load_manifest(path)
     known = list(manifest.languages(args.moo_train_split))
     if manifest.blend is not None:
         known = [lang for lang in known if lang in manifest.objectives]

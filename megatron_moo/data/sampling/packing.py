@@ -235,11 +235,6 @@ class PackedCorpus:
         return self.corpus.fit
 
     @property
-    def dropped(self) -> int:
-        """Documents of which nothing is left."""
-        return self.corpus.dropped
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
         return self.corpus.longest

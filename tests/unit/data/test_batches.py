@@ -139,13 +139,13 @@ def test_resuming_continues_the_stream(samples):
 def test_over_long_samples_are_dropped_and_counted(manifest):
     """Would catch truncated answers, or samples that vanish without a word."""
     samples = open_samples(manifest, "train", 6)
-    report = {corpus.lang: (corpus.dropped, corpus.dropped + len(corpus)) for corpus in samples}
+    report = {corpus.lang: (corpus.fit.dropped, corpus.fit.dropped + len(corpus)) for corpus in samples}
     lengths = {lang: manifest.corpus("train", lang).lengths for lang in ("de", "en")}
     assert report == {lang: (int((n > 7).sum()), len(n)) for lang, n in lengths.items()} and report["de"][0] > 0
     for batch in islice(_batches(samples, s=6), 30):
         ends = (batch["labels"] == PAD) & batch["loss_mask"].bool()
         assert (ends.sum(1) == 1).all(), "every sample keeps its end"
-    assert not any(corpus.dropped for corpus in open_samples(manifest, "train", 9))
+    assert not any(corpus.fit.dropped for corpus in open_samples(manifest, "train", 9))
     with pytest.raises(DataError, match="no sample .* at most 3 tokens, the shortest has 4; raise --seq-length"):
         open_samples(manifest, "train", 2)
     assert all(corpus.fit.split for corpus in open_samples(manifest, "train", 4, overlong="split"))

@@ -52,7 +52,7 @@ def test_policies_against_a_plain_loop(tmp_path, monkeypatch, overlong, block):
     corpus = Corpus(prefix, "xx", limit, overlong)
     assert _samples(corpus) == expected
     assert corpus.fit == Fit(**counts, tokens=sum(lengths), lost=lost)
-    assert corpus.longest <= limit and corpus.dropped == counts["dropped"] > 0
+    assert corpus.longest <= limit and corpus.fit.dropped == counts["dropped"] > 0
 
 
 def test_without_a_limit_all_is_whole(tmp_path):
